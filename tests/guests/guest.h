@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * All that the parts of the bare-metal guest say to each other, from the bottom up: printing, CPU, memory, PCI, virtio, the
+ * guard device, attacks, tests.
+ */
+#ifndef GUEST_H
+#define GUEST_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+
+#define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
+#define PAGE		4096ul
+#define MIN(a, b)	((a) < (b) ? (a) : (b))
+#define barrier()	asm volatile("" ::: "memory")
+#define mb()		asm volatile("lock; addl $0, -8(%%rsp)" ::: "memory", "cc")
+#define READ_ONCE(x)	(*(volatile typeof(x) *)&(x))
+#define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
+
+static inline void outb(u16 port, u8 v) { asm volatile("outb %0, %1" :: "a"(v), "Nd"(port)); }
+static inline void outl(u16 port, u32 v) { asm volatile("outl %0, %1" :: "a"(v), "Nd"(port)); }
+static inline void outw(u16 port, u16 v) { asm volatile("outw %0, %1" :: "a"(v), "Nd"(port)); }
+static inline u8 inb(u16 port) { u8 v; asm volatile("inb %1, %0" : "=a"(v) : "Nd"(port)); return v; }
+static inline u32 inl(u16 port) { u32 v; asm volatile("inl %1, %0" : "=a"(v) : "Nd"(port)); return v; }
+static inline u64 rdtsc(void) { u32 a, d; asm volatile("rdtsc" : "=a"(a), "=d"(d)); return ((u64)d << 32) | a; }
+static inline void relax(void) { asm volatile("pause"); }
+
+/* print.c */
+void serial_init(void);
+void print(const char *fmt, ...) __attribute__((format(printf, 1, 2)));	/* %s %c %d %u %x %lx %lu %ld %% only */
+void vprint(const char *fmt, va_list ap);
+int serial_rx(void);			/* a byte, or -1 */
+void *memcpy(void *d, const void *s, size_t n);
+void *memset(void *d, int c, size_t n);
+int memcmp(const void *a, const void *b, size_t n);
+bool streq(const char *a, const char *b);
+extern u32 failures;
+void diag(const char *fmt, ...) __attribute__((format(printf, 1, 2)));	/* "# ..." */
+bool check(bool ok, const char *fmt, ...) __attribute__((format(printf, 2, 3)));	/* not ok: the test will fail */
+void pass_or_fail(const char *name) __attribute__((noreturn));		/* by what check() saw */
+void fail(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));	/* now */
+void skip(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));
+extern const char *test_name;
+
+/* main.c: the command line */
+bool opt_is(const char *key, const char *value);
+u64 opt_num(const char *key, u64 fallback);
+
+/* cpu.c */
+#define MAX_CPUS	4
+#define STACK_SIZE	0x8000ul
+
+struct trap {				/* what the last refused TRY met */
+	u64 count, vector, error, cr2, start, end, rip, cpl;
+};
+
+enum accel { ACCEL_TCG, ACCEL_KVM, ACCEL_OTHER };
+extern enum accel accel;
+extern bool inject;			/* policy: a refused store raises an exception */
+extern u32 n_cpus;			/* running, 1 to MAX_CPUS */
+
+void cpu_init(void);
+u32 this_cpu(void);
+struct trap *trap_of(u32 cpu);
+u64 now_ns(void);
+void wait_ns(u64 ns);
+bool start_cpus(void);			/* all that the machine has; false if one does not answer */
+void cpu_call(u32 cpu, void (*fn)(void *), void *arg);	/* starts fn there */
+bool cpu_busy(u32 cpu);
+u64 run_user(u64 (*op)(void *, u64, const void *), void *address, u64 value, const void *source);
+u64 run_user_at(u64 rip);
+u64 read_cr0(void);
+void write_cr0(u64 v);
+void shut(u8 code) __attribute__((noreturn));
+
+/* mem.c */
+#define F_P	1ul
+#define F_W	2ul
+#define F_U	4ul
+#define F_LARGE	0x80ul
+extern u64 ram_end;			/* guest-physical, below 4 GiB */
+void mem_init(void);
+u16 fw_cfg_u16(u16 key);
+void *alloc_pages(u32 n);		/* identity mapped; ends the test with SKIP when memory is short */
+void *alloc_page(void);
+void *alloc_lone_page(void);		/* its neighbours are nobody's: they stay writable */
+u64 pages_left(void);
+void *map_page(u64 pa, u64 flags);	/* at a new virtual address, 4 KiB */
+void *map_large(u64 pa, u64 flags);	/* through a new 2 MiB mapping that contains pa */
+void *map_through(u64 *table, u64 pa);	/* `table` is used as a page table, its entry 0 maps pa, accessed and dirty clear */
+void *user_alias(const void *linked);	/* where CPL 3 sees something of the .user section */
+void *user_page(void *page);		/* CPL 3 mapping of an identity mapped page */
+static inline u64 gfn_of(const void *p) { return (u64)p >> 12; }
+
+/* pci.c */
+struct pci { u8 bus, devfn; };
+u32 pci_read(struct pci d, u8 reg);
+void pci_write(struct pci d, u8 reg, u32 v);
+bool pci_find_virtio(u16 virtio_id, u32 nth, struct pci *d);
+u64 pci_bar(struct pci d, u32 bar);
+void pci_setup(struct pci d);
+
+/* virtio.c */
+#define DESC_NEXT	1
+#define DESC_WRITE	2
+#define DESC_INDIRECT	4
+#define ST_NEEDS_RESET	0x40
+#define F_INDIRECT_DESC	(1ull << 28)
+#define F_EVENT_IDX	(1ull << 29)
+#define F_VERSION_1	(1ull << 32)
+#define QMAX		64
+
+struct desc { u64 addr; u32 len; u16 flags, next; };
+struct used_elem { u32 id, len; };
+struct used { u16 flags, idx; struct used_elem ring[QMAX]; };
+struct avail { u16 flags, idx, ring[QMAX]; };
+
+struct vdev;
+struct vq {
+	struct vdev *dev;
+	u16 index, size, n_free, free_head, last_used;
+	struct desc *desc;
+	struct avail *avail;
+	volatile struct used *used;
+	volatile u16 *notify;
+	u64 inflight;		/* heads that the device has */
+	u32 strays;		/* completions of heads that it did not have */
+};
+
+struct vdev {
+	struct pci pci;
+	volatile u8 *common, *config;
+	u8 *notify_base;
+	u32 notify_mult, config_len;
+	u64 offered, features;
+};
+
+struct sg { u64 addr; u32 len; bool write; };
+
+bool vdev_find(struct vdev *v, u16 virtio_id, u32 nth);
+void vdev_reset(struct vdev *v);
+bool vdev_negotiate(struct vdev *v, u64 wanted);	/* up to FEATURES_OK; takes what of `wanted` is offered */
+void vq_setup(struct vq *q, struct vdev *v, u16 index, void *used_page);	/* used_page: or NULL for a new one */
+void vdev_ok(struct vdev *v);
+u8 vdev_status(struct vdev *v);
+u64 vdev_config(struct vdev *v, u32 offset, u32 size);
+int vq_add(struct vq *q, const struct sg *sg, u32 n);	/* head, or -1: full */
+int vq_add_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n);
+void vq_kick(struct vq *q);
+bool vq_pop(struct vq *q, u32 *head, u32 *len);
+bool vq_wait(struct vq *q, u32 *head, u32 *len, u64 timeout_ns);
+
+/* guard.c */
+#define GUARD_ID	63
+#define F_NOWRITE	1ull
+#define NOWRITE		1ull
+#define NO_INDEX	0xffffffffu
+#define MAX_REQ		4096u
+#define UNKNOWN		(~0ull)
+#define SOURCE_DMA	0xffffffffu
+enum { EIO = 5, E2BIG = 7, EFAULT = 14, EBUSY = 16, EINVAL = 22, ENOSPC = 28, EOPNOTSUPP = 95, ESTALE = 116 };
+
+struct range { u64 start, end, attr; };
+struct request { u16 type, flags; u32 count; struct range ranges[]; };
+struct response { u32 status, index; u64 value; };
+struct event {
+	u16 type, access; u32 source; u64 gpa, gva, rip, value; u32 size, times; u64 lost; u32 action, reserved;
+};
+struct config {
+	u32 version, page_size; u64 deny_bits; u32 max_request_ranges, max_ranges; u64 generation; u32 ranges_in_force, reserved;
+	u64 violations, events_lost, malformed;
+};
+_Static_assert(sizeof(struct event) == 64 && sizeof(struct config) == 64, "as in docs/device.md");
+
+struct guard { struct vdev dev; struct vq control, events; };
+extern struct guard guard;
+extern u64 reply_ns;			/* how long an answer may take */
+
+void guard_open(void);			/* finds and starts it, or ends the test */
+void guard_start(u64 features, bool post_events, void *control_used, void *events_used);	/* reset and set up again */
+struct config guard_config(void);
+struct request *request_buffer(void);	/* room for MAX_REQ + 1 entries */
+/* Sends the readable part and waits.  Returns the used length. */
+u32 guard_send(const void *req, u32 len, struct response *resp);
+u32 guard_send_sg(const struct sg *sg, u32 n);
+struct response guard_lock_ranges(u32 n);	/* what is in request_buffer() */
+struct response guard_lock(const void *page, u32 pages);
+void must_lock(const void *page);
+void post_event(void *buffer, u32 len);
+void post_events(u32 n);
+bool next_event(struct event *e, u32 *used_len, u64 timeout_ns);
+bool next_event_on(const void *page, struct event *e, u64 timeout_ns);	/* drops events about other pages */
+
+/* attack.c */
+typedef u64 op_fn(void *address, u64 value, const void *source);
+#define SPOIL	0x5a5a5a5a5a5a5a5aull	/* what an attack writes */
+extern op_fn op_mov64, op_mov32, op_mov16, op_mov8, op_load, op_push, op_movups, op_cmpxchg16b, op_fxsave, op_fistp;
+struct race { volatile u64 tries, stop; };
+extern op_fn op_race, op_race_xadd;
+void fill(void *page, u64 seed);
+bool intact(const void *page, u64 seed);
+/* Runs `op` at `cpl` on `va`, and checks that it was refused as the policy says: exception, page intact. */
+bool refused(const char *what, op_fn *op, void *va, u32 cpl, const void *page, u64 seed);
+bool refused_by_all(const char *what, void *va, u32 cpl, const void *page, u64 seed);
+bool still_locked(const char *what, void *page, u64 seed);	/* the quick one: one store at CPL 0 */
+bool writable(const char *what, void *page);			/* a store lands, at CPL 0 */
+void check_trap(const char *what, u64 first, u64 last, u32 cpl);
+u64 attack_source(bool user);
+
+/* tests */
+void t_probe(void), t_machine(void);
+void t_lock_cpl0(void), t_lock_cpl3(void), t_lock_alias(void), t_lock_device_reset(void), t_lock_pagetable(void),
+	t_lock_unemulated(void), t_many(void), t_nospc(void);
+void t_lock_dma(void), t_lock_fwcfg(void), t_lock_balloon(void), t_lock_busy(void), t_lock_ring(void), t_lock_companion(void);
+void t_race(void);
+void t_atomic(void), t_errors(void);
+void t_events(void), t_events_lost(void);
+void t_hold(void), t_bench(void);
+
+#endif
