@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What other kernel code can ask of the guard.
+ */
+#ifndef _LINUX_VIRTIO_GUARD_H
+#define _LINUX_VIRTIO_GUARD_H
+
+#include <uapi/linux/virtio_guard.h>
+
+int virtio_guard_lock(const struct guard_range *ranges, u32 count, u32 *index,
+		      u64 *generation);
+
+#endif /* _LINUX_VIRTIO_GUARD_H */
