@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The virtio device: what survives its vhost-user connections, behind one lock.
+//!
+//! Three threads call in: the vring worker and the vhost-user thread through [`backend`], the
+//! control channel's through [`VmEvents`]. Each takes the device's lock, then that of a vring, and
+//! never waits with either held. Knows the enforcer as a trait, and no socket.
+
+pub mod backend;
+mod chain;
+mod control;
+mod events;
+mod ring;
+pub mod wire;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vhost_user_backend::VringMutex;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::log_limit::{LogLimit, log_limited};
+use crate::protect::{Deny, Protection, Table};
+use crate::vm::enforcer::{Enforcer, Outcome, Unexpected, Violation, VmEvents, VmInfo};
+use control::Requests;
+use events::Events;
+use ring::{Left, Ring};
+use wire::{Config, Errno, Limits, MAX_REQUEST_RANGES};
+
+static LOCKED: LogLimit = LogLimit::new(10);
+static REFUSED: LogLimit = LogLimit::new(10);
+static VIOLATIONS: LogLimit = LogLimit::new(10);
+static CONNECTIONS: LogLimit = LogLimit::new(10);
+
+/// Queue 0.
+const CONTROL: u32 = 0;
+/// Queue 1.
+const EVENTS: u32 = 1;
+
+/// The device.
+pub struct Device {
+    enforcer: Arc<dyn Enforcer>,
+    state: Mutex<State>,
+    greeted: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// What is known of the VM. Stays while either of its two connections is there.
+    vm: Option<VmInfo>,
+    link: Link,
+    /// What is in force.
+    table: Table,
+    requests: Requests,
+    events: Events,
+    last_seq: u64,
+    /// The request that the VM's owner is carrying out.
+    under_way: Option<UnderWay>,
+    /// The question for what is in force that was not answered yet.
+    state_asked: Option<u64>,
+    front_end: Option<FrontEnd>,
+}
+
+/// The connection to the VM's owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Link {
+    #[default]
+    Down,
+    /// It said what it can do, not yet what is in force.
+    Greeted,
+    /// Requests can be sent.
+    Up,
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    seq: u64,
+    protections: Vec<Protection>,
+    /// The ring was stopped or the VM reset since: there is nobody to be told.
+    orphaned: bool,
+}
+
+/// A vhost-user connection.
+#[derive(Debug)]
+struct FrontEnd {
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// Calls the vring worker.
+    again: EventFd,
+    control: Option<Ring>,
+    events: Option<Ring>,
+    /// Feature bits that the driver negotiated.
+    features: u64,
+}
+
+impl Device {
+    /// A device whose protections are enforced by `enforcer`.
+    pub fn new(enforcer: Arc<dyn Enforcer>) -> Self {
+        Self {
+            enforcer,
+            state: Mutex::default(),
+            greeted: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A vhost-user connection begins. `again` is written to when the vring worker is to look
+    /// at the rings without a kick.
+    fn attach(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>, again: EventFd) {
+        let front_end = FrontEnd {
+            memory,
+            again,
+            control: None,
+            events: None,
+            features: 0,
+        };
+        self.lock().front_end = Some(front_end);
+    }
+
+    /// The vhost-user connection has ended, and its threads with it.
+    fn detach(&self) {
+        let mut state = self.lock();
+        state.stop_control();
+        state.front_end = None;
+        state.forget_unconnected();
+    }
+
+    fn set_features(&self, features: u64) {
+        if let Some(front_end) = &mut self.lock().front_end {
+            front_end.features = features;
+        }
+    }
+
+    /// The deny bits that this host enforces; waits up to `patience` for it to say so.
+    fn deny_bits(&self, patience: Duration) -> Deny {
+        let (state, _) = self
+            .greeted
+            .wait_timeout_while(self.lock(), patience, |state| state.vm.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        state.vm.map_or(Deny::empty(), |vm| vm.deny)
+    }
+
+    fn config(&self) -> Config {
+        let state = self.lock();
+        Config {
+            deny: state.vm.map_or(Deny::empty(), |vm| vm.deny),
+            max_request_ranges: state.limits().max_request_ranges,
+            max_ranges: state.vm.map_or(0, |vm| vm.max_ranges),
+            generation: state.generation(),
+            ranges_in_force: state.ranges_in_force(),
+            violations: state.events.violations,
+            events_lost: state.events.lost(),
+            malformed: state.requests.malformed + state.events.malformed,
+        }
+    }
+
+    /// Looks at a queue that was kicked or started.
+    fn serve(&self, queue: u32, vring: Option<&VringMutex>) {
+        let mut state = self.lock();
+        if let (Some(vring), Some(front_end)) = (vring, &mut state.front_end) {
+            match queue {
+                CONTROL if front_end.control.is_none() => {
+                    front_end.control = Some(Ring::new("control", vring.clone()));
+                }
+                EVENTS if front_end.events.is_none() => {
+                    front_end.events = Some(Ring::new("events", vring.clone()));
+                }
+                _ => {}
+            }
+        }
+        match queue {
+            CONTROL => state.serve_control(&*self.enforcer),
+            EVENTS => state.serve_events(),
+            _ => {}
+        }
+    }
+
+    /// A queue was stopped: from now on nothing is written to it.
+    fn stop(&self, queue: u32) {
+        let mut state = self.lock();
+        match queue {
+            CONTROL => state.stop_control(),
+            EVENTS => {
+                if let Some(ring) = state.front_end.as_mut().and_then(|f| f.events.as_mut()) {
+                    ring.stopped(None);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl State {
+    fn generation(&self) -> u64 {
+        self.vm.map_or(0, |vm| vm.generation)
+    }
+
+    fn ranges_in_force(&self) -> u32 {
+        u32::try_from(self.table.len()).unwrap_or(u32::MAX)
+    }
+
+    fn limits(&self) -> Limits {
+        let negotiated = self.front_end.as_ref().map_or(0, |f| f.features);
+        let (enforced, ranges) = self.vm.map_or((Deny::empty(), MAX_REQUEST_RANGES), |vm| {
+            (vm.deny, vm.max_request_ranges)
+        });
+        Limits {
+            deny: enforced & wire::deny_of(negotiated),
+            max_request_ranges: ranges.min(MAX_REQUEST_RANGES),
+        }
+    }
+
+    fn next_seq(&mut self) -> u64 {
+        self.last_seq += 1;
+        self.last_seq
+    }
+
+    fn serve_control(&mut self, enforcer: &dyn Enforcer) {
+        let limits = self.limits();
+        let Some(FrontEnd {
+            control: Some(ring),
+            memory,
+            again,
+            ..
+        }) = &mut self.front_end
+        else {
+            return;
+        };
+        if ring.turn(memory, |turn| self.requests.serve(turn, limits)) == Left::Chains {
+            // Fails only when the counter is full, and then the worker is about to wake anyway.
+            let _ = again.write(1);
+        }
+        self.send_next(enforcer);
+    }
+
+    fn serve_events(&mut self) {
+        let Some(FrontEnd {
+            events: Some(ring),
+            memory,
+            again,
+            ..
+        }) = &mut self.front_end
+        else {
+            return;
+        };
+        if ring.turn(memory, |turn| self.events.serve(turn)) == Left::Chains {
+            let _ = again.write(1);
+        }
+    }
+
+    /// Sends the oldest request, unless one is under way.
+    fn send_next(&mut self, enforcer: &dyn Enforcer) {
+        if self.link != Link::Up || self.under_way.is_some() {
+            return;
+        }
+        let Some(protections) = self.requests.next().map(<[_]>::to_vec) else {
+            return;
+        };
+        let seq = self.next_seq();
+        enforcer.protect(seq, self.generation(), &protections);
+        self.under_way = Some(UnderWay {
+            seq,
+            protections,
+            orphaned: false,
+        });
+    }
+
+    fn stop_control(&mut self) {
+        let oldest = self.requests.give_up();
+        self.orphan();
+        if let Some(ring) = self.front_end.as_mut().and_then(|f| f.control.as_mut()) {
+            ring.stopped(oldest);
+        }
+    }
+
+    fn orphan(&mut self) {
+        if let Some(under_way) = &mut self.under_way {
+            under_way.orphaned = true;
+        }
+    }
+
+    fn ask_state(&mut self, enforcer: &dyn Enforcer) {
+        if self.state_asked.is_none() {
+            let seq = self.next_seq();
+            self.state_asked = Some(seq);
+            enforcer.request_state(seq);
+        }
+    }
+
+    /// The VM was reset: nothing that was asked for or told before is of any use.
+    fn begin_generation(&mut self, generation: u64) {
+        if let Some(vm) = &mut self.vm {
+            vm.generation = generation;
+        }
+        self.table = Table::default();
+        self.events.clear();
+        self.requests.refuse_all(Errno::Estale);
+        self.orphan();
+    }
+
+    /// With both connections gone it may be another VM that comes next.
+    fn forget_unconnected(&mut self) {
+        if self.front_end.is_none() && self.link == Link::Down {
+            let last_seq = self.last_seq;
+            *self = Self {
+                last_seq,
+                ..Self::default()
+            };
+        }
+    }
+
+    /// Takes over what a request has changed, as told by the VM's owner.
+    fn apply(&mut self, protections: &[Protection], outcome: &Outcome) {
+        if outcome.status != 0 {
+            log_limited!(
+                REFUSED,
+                Info,
+                "request of {} ranges refused: errno={} index={}",
+                protections.len(),
+                outcome.status,
+                outcome.index.map_or("none".into(), |i| i.to_string())
+            );
+        } else if outcome.generation == self.generation() {
+            for protection in protections {
+                self.table.add(protection);
+            }
+            let locked: Table = protections.iter().copied().collect();
+            log_limited!(
+                LOCKED,
+                Info,
+                "locked {} ranges ({} pages); {} ranges in force",
+                protections.len(),
+                locked.pages(),
+                self.table.len()
+            );
+        }
+    }
+}
+
+impl VmEvents for Device {
+    fn connected(&self, vm: VmInfo) {
+        let mut state = self.lock();
+        if state
+            .vm
+            .is_some_and(|known| known.generation != vm.generation)
+        {
+            state.begin_generation(vm.generation);
+        }
+        state.vm = Some(vm);
+        state.link = Link::Greeted;
+        drop(state);
+        self.greeted.notify_all();
+    }
+
+    fn state(&self, seq: u64, generation: u64, table: Table) -> Result<(), Unexpected> {
+        let mut state = self.lock();
+        if seq == 0 && state.link == Link::Greeted {
+            state.link = Link::Up;
+            if let Some(vm) = &state.vm {
+                log_limited!(
+                    CONNECTIONS,
+                    Info,
+                    "QEMU connected: accelerator={} deny=\"{}\" generation={generation} \
+                     ranges_in_force={}",
+                    vm.accelerator,
+                    vm.deny,
+                    table.len()
+                );
+            }
+        } else if state.state_asked == Some(seq) {
+            state.state_asked = None;
+            if state.table != table {
+                log_limited!(
+                    CONNECTIONS,
+                    Warn,
+                    "QEMU enforces something else than asked; its word counts"
+                );
+            }
+        } else {
+            return Err(Unexpected { what: "STATE", seq });
+        }
+        if state.generation() != generation {
+            state.begin_generation(generation);
+        }
+        state.table = table;
+        state.serve_control(&*self.enforcer);
+        Ok(())
+    }
+
+    fn result(&self, seq: u64, outcome: Outcome) -> Result<(), Unexpected> {
+        let mut state = self.lock();
+        let under_way = state
+            .under_way
+            .take_if(|under_way| under_way.seq == seq)
+            .ok_or(Unexpected {
+                what: "RESULT",
+                seq,
+            })?;
+        state.apply(&under_way.protections, &outcome);
+        if outcome.ranges_in_force != state.ranges_in_force() {
+            state.ask_state(&*self.enforcer);
+        }
+        if !under_way.orphaned {
+            state.requests.finish(outcome);
+        }
+        state.serve_control(&*self.enforcer);
+        Ok(())
+    }
+
+    fn violation(&self, violation: Violation) {
+        log_limited!(VIOLATIONS, Warn, "violation: {violation}");
+        let mut state = self.lock();
+        state.events.push(violation);
+        state.serve_events();
+    }
+
+    fn reset(&self, generation: u64) {
+        log_limited!(
+            CONNECTIONS,
+            Info,
+            "the VM was reset: generation={generation}, nothing is in force"
+        );
+        let mut state = self.lock();
+        state.begin_generation(generation);
+        state.serve_control(&*self.enforcer);
+    }
+
+    fn disconnected(&self) {
+        let mut state = self.lock();
+        if state.link == Link::Up {
+            log_limited!(
+                CONNECTIONS,
+                Info,
+                "QEMU disconnected from the control channel; what is in force stays in force"
+            );
+        }
+        state.link = Link::Down;
+        // A request that was under way is sent again: asking twice changes nothing.
+        state.under_way = None;
+        state.state_asked = None;
+        state.forget_unconnected();
+    }
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One virtqueue as the device uses it: pop without spinning, give back, tell the guest.
+//!
+//! Everything in a ring is the guest's and may be nonsense. A ring that makes no sense is left
+//! alone, with one log line, until a kick finds it in order or it is started anew.
+
+use std::fmt;
+use std::sync::atomic::Ordering;
+
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use super::chain::Memory;
+use super::wire::QUEUE_SIZE;
+use crate::log_limit::{LogLimit, log_limited};
+
+static BROKEN: LogLimit = LogLimit::new(5);
+
+/// What is wrong with a ring.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Fault {
+    #[error("it lies outside guest memory")]
+    Outside,
+    #[error("avail.idx is further ahead than the queue is long")]
+    Index,
+    #[error("its avail ring does not hold what avail.idx says")]
+    NoProgress,
+    #[error("its avail ring names descriptor {0}, which it does not have")]
+    Head(u16),
+    #[error("its used ring cannot be written")]
+    Used,
+}
+
+/// What a turn on a ring leaves to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Nothing, until a kick or a result.
+    Nothing,
+    /// More chains, when others have had their turn.
+    Chains,
+}
+
+/// A ring of the connection.
+pub(super) struct Ring {
+    name: &'static str,
+    vring: VringMutex,
+    /// Nothing was done with it since it was started.
+    fresh: bool,
+    broken: bool,
+}
+
+/// A ring that runs, with its lock held.
+pub(super) struct Turn<'a> {
+    queue: &'a mut Queue,
+    pub(super) memory: &'a Memory,
+    /// How many more chains may be popped before others get their turn.
+    budget: u16,
+    gave_back: bool,
+}
+
+/// A chain and where it was found.
+pub(super) struct Popped {
+    /// Its place in the avail ring.
+    pub(super) position: u16,
+    pub(super) head: u16,
+    pub(super) chain: DescriptorChain<Memory>,
+}
+
+impl Ring {
+    pub(super) fn new(name: &'static str, vring: VringMutex) -> Self {
+        Self {
+            name,
+            vring,
+            fresh: true,
+            broken: false,
+        }
+    }
+
+    /// Does `work` with the ring, if it runs, and interrupts the guest if that is due.
+    pub(super) fn turn(
+        &mut self,
+        memory: &GuestMemoryAtomic<GuestMemoryMmap>,
+        work: impl FnOnce(&mut Turn<'_>) -> Result<Left, Fault>,
+    ) -> Left {
+        let mut vring = self.vring.get_mut();
+        if !vring.get_queue().ready() || !vring.is_enabled() {
+            return Left::Nothing;
+        }
+        let memory = memory.memory();
+        let queue = vring.get_queue_mut();
+        let mut turn = Turn {
+            queue,
+            memory: &memory,
+            budget: QUEUE_SIZE,
+            gave_back: false,
+        };
+        let outcome = if self.fresh && !turn.queue.is_valid(&*memory) {
+            Err(Fault::Outside)
+        } else {
+            work(&mut turn)
+        };
+        let gave_back = turn.gave_back;
+        // A companion that was killed may have given chains back and not said so. One interrupt
+        // too many does no harm.
+        let announce = self.fresh && vring.get_call().is_some();
+        let due = gave_back && vring.needs_notification().unwrap_or(true);
+        if (due || announce)
+            && let Err(e) = vring.signal_used_queue()
+        {
+            log_limited!(
+                BROKEN,
+                Warn,
+                "{} queue: cannot interrupt the guest: {e}",
+                self.name
+            );
+        }
+        if announce {
+            self.fresh = false;
+        }
+        match outcome {
+            Ok(left) => {
+                if std::mem::take(&mut self.broken) {
+                    log_limited!(BROKEN, Info, "{} queue is in order again", self.name);
+                }
+                left
+            }
+            Err(fault) => {
+                if !std::mem::replace(&mut self.broken, true) {
+                    log_limited!(
+                        BROKEN,
+                        Warn,
+                        "{} queue is broken by the guest: {fault}; left alone until that is mended",
+                        self.name
+                    );
+                }
+                // So that a guest that mends it can say so. If that fails too, nothing is lost.
+                let _ = vring.enable_notification();
+                Left::Nothing
+            }
+        }
+    }
+
+    /// The ring was stopped. Chains from `position` on were not served: what pops next, here or
+    /// after a SET_VRING_BASE with what GET_VRING_BASE now tells, is the first of them.
+    pub(super) fn stopped(&mut self, position: Option<u16>) {
+        if let Some(position) = position {
+            self.vring.set_queue_next_avail(position);
+        }
+        self.fresh = true;
+        self.broken = false;
+    }
+}
+
+impl Turn<'_> {
+    /// Pops chains and hands each to `take`, until `take` wants no more, none is left, or it is
+    /// somebody else's turn. `take` returns whether it wants another.
+    ///
+    /// # Errors
+    ///
+    /// The ring makes no sense. It ends at once then, so a guest cannot make it spin.
+    pub(super) fn drain(
+        &mut self,
+        mut take: impl FnMut(&mut Self, Popped) -> Result<bool, Fault>,
+    ) -> Result<Left, Fault> {
+        loop {
+            self.queue
+                .disable_notification(&**self.memory)
+                .map_err(|_| Fault::Used)?;
+            let mut progress = false;
+            while let Some(popped) = self.pop()? {
+                progress = true;
+                self.budget -= 1;
+                if !take(self, popped)? {
+                    return Ok(Left::Nothing);
+                }
+                if self.budget == 0 {
+                    return Ok(Left::Chains);
+                }
+            }
+            let more = self
+                .queue
+                .enable_notification(&**self.memory)
+                .map_err(|_| Fault::Used)?;
+            if !more {
+                return Ok(Left::Nothing);
+            }
+            if !progress {
+                return Err(Fault::NoProgress);
+            }
+        }
+    }
+
+    fn pop(&mut self) -> Result<Option<Popped>, Fault> {
+        let memory = self.memory;
+        let position = self.queue.next_avail();
+        let available = self
+            .queue
+            .avail_idx(&**memory, Ordering::Acquire)
+            .map_err(|_| Fault::NoProgress)?;
+        if available.0 == position {
+            return Ok(None);
+        }
+        let mut chains = self.queue.iter(memory.clone()).map_err(|_| Fault::Index)?;
+        let chain = chains.next().ok_or(Fault::NoProgress)?;
+        let head = chain.head_index();
+        if head >= self.queue.size() {
+            self.queue.set_next_avail(position);
+            return Err(Fault::Head(head));
+        }
+        Ok(Some(Popped {
+            position,
+            head,
+            chain,
+        }))
+    }
+
+    /// Gives a chain back to the driver, with `len` bytes written.
+    pub(super) fn give_back(&mut self, head: u16, len: usize) -> Result<(), Fault> {
+        self.gave_back = true;
+        self.queue
+            .add_used(&**self.memory, head, len as u32)
+            .map_err(|_| Fault::Used)
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("name", &self.name)
+            .field("fresh", &self.fresh)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The companion of QEMU's `vm-guard`: a vhost-user device through which a guest locks its own
+//! memory against an attacker who already runs code in it.
+//!
+//! A request walks one way: [`device`] takes it out of the guest's control queue and has
+//! [`protect`] check it, [`vm`] carries it to whoever owns the VM, and the answer goes back into
+//! the queue. [`daemon`] ties the parts to sockets. The formats are specified in
+//! `docs/device.md` and `docs/control-channel.md`.
+
+pub mod daemon;
+pub mod device;
+pub mod fd;
+mod log_limit;
+pub mod protect;
+pub mod socket;
+pub mod vm;

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the device may ask of whoever owns the VM, and what it is told in return.
+//!
+//! Everything is asynchronous: a request is handed over and the answer arrives later as a call
+//! of [`VmEvents`]. The owner of the VM may be waiting for the device at that very moment, so
+//! neither side ever waits for the other. No wire format and no virtio is known here.
+
+use std::fmt;
+
+use crate::protect::{Deny, Protection, Table};
+
+/// Takes requests to the owner of the VM. Both methods hand over and return at once.
+pub trait Enforcer: Send + Sync {
+    /// Asks that all `protections` be added to what is in force, or none. Exactly one
+    /// [`VmEvents::result`] with this `seq` follows, unless the connection ends first. Not called
+    /// again before that.
+    fn protect(&self, seq: u64, generation: u64, protections: &[Protection]);
+
+    /// Asks for everything that is in force; [`VmEvents::state`] with this `seq` follows. Not
+    /// called again before that.
+    fn request_state(&self, seq: u64);
+}
+
+/// Is told what happens to the VM. Calls come one after another, from one thread.
+pub trait VmEvents: Send + Sync {
+    /// The owner of the VM is there and says what it can do. The first call on a connection.
+    fn connected(&self, vm: VmInfo);
+
+    /// Everything that is in force. `seq` is 0 for the one that follows `connected`.
+    ///
+    /// # Errors
+    ///
+    /// [`Unexpected`] if nobody asked for it.
+    fn state(&self, seq: u64, generation: u64, table: Table) -> Result<(), Unexpected>;
+
+    /// The answer to the request with this `seq`.
+    ///
+    /// # Errors
+    ///
+    /// [`Unexpected`] if no such request is under way.
+    fn result(&self, seq: u64, outcome: Outcome) -> Result<(), Unexpected>;
+
+    /// The guest was refused an access.
+    fn violation(&self, violation: Violation);
+
+    /// The VM was reset: nothing is in force any more.
+    fn reset(&self, generation: u64);
+
+    /// The owner of the VM is gone. What is in force stays in force. May be called without a
+    /// `connected` before it.
+    fn disconnected(&self);
+}
+
+/// An answer to a question that was not asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} with seq {seq}, which answers no request")]
+pub struct Unexpected {
+    /// The message.
+    pub what: &'static str,
+    /// Its sequence number.
+    pub seq: u64,
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The host's KVM.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "KVM",
+            Self::Tcg => "TCG",
+        })
+    }
+}
+
+/// What the owner of a VM says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmInfo {
+    /// What runs the guest.
+    pub accelerator: Accelerator,
+    /// What this VM can enforce.
+    pub deny: Deny,
+    /// Grows with every system reset.
+    pub generation: u64,
+    /// Most disjoint ranges in force at once.
+    pub max_ranges: u32,
+    /// Most ranges in one request; at least 1.
+    pub max_request_ranges: u32,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// 0, or a Linux errno.
+    pub status: u32,
+    /// The first range that is wrong, where one is.
+    pub index: Option<u32>,
+    /// The generation in which the request was decided.
+    pub generation: u64,
+    /// Disjoint ranges in force after it.
+    pub ranges_in_force: u32,
+}
+
+/// A refused access. The fields are those of the event in the device's specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// 1: write.
+    pub access: u16,
+    /// vCPU number, or [`Violation::SOURCE_DMA`].
+    pub source: u32,
+    /// Guest-physical address of the access.
+    pub gpa: u64,
+    /// Linear address, or all ones.
+    pub gva: u64,
+    /// Instruction pointer, or all ones.
+    pub rip: u64,
+    /// What was to be written, or 0.
+    pub value: u64,
+    /// Bytes of the access, or 0.
+    pub size: u32,
+    /// How often it was seen since it was last told.
+    pub times: u32,
+    /// How many violations the owner of the VM had to drop before this one, in all.
+    pub lost: u64,
+    /// What was done about it: 1 inject, 2 drop, 3 pause, 4 shutdown.
+    pub action: u32,
+}
+
+impl Violation {
+    /// The `source` of an access by an emulated device.
+    pub const SOURCE_DMA: u32 = u32::MAX;
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.access {
+            1 => f.write_str("access=write")?,
+            other => write!(f, "access={other}")?,
+        }
+        match self.source {
+            Self::SOURCE_DMA => f.write_str(" source=dma")?,
+            vcpu => write!(f, " source=vcpu{vcpu}")?,
+        }
+        write!(f, " gpa={:#x}", self.gpa)?;
+        for (name, address) in [("gva", self.gva), ("rip", self.rip)] {
+            if address != u64::MAX {
+                write!(f, " {name}={address:#x}")?;
+            }
+        }
+        if self.size != 0 {
+            write!(f, " size={} value={:#x}", self.size, self.value)?;
+        }
+        let action = match self.action {
+            1 => "inject",
+            2 => "drop",
+            3 => "pause",
+            4 => "shutdown",
+            _ => "unknown",
+        };
+        write!(f, " times={} action={action}", self.times)
+    }
+}

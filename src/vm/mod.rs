@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Who enforces protections on the VM.
+//!
+//! [`enforcer`] is what the device sees; [`qemu`] is QEMU's `vm-guard` object behind the control
+//! channel. Knows `protect`, and nothing of virtio.
+
+pub mod enforcer;
+pub mod qemu;

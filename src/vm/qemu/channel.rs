@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The control channel's socket: one thread, one `epoll`, at most one QEMU.
+//!
+//! It moves whole messages between QEMU and [`VmEvents`] and knows nothing of what they mean. No
+//! read or write here blocks, so a peer that stops half-way through a message delays nobody but
+//! itself; no lock is held while [`VmEvents`] is called.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::wire::{self, HEADER_SIZE, Header, Message, WireError};
+use crate::log_limit::{Chain, LogLimit, log_limited};
+use crate::protect::Protection;
+use crate::vm::enforcer::{Enforcer, Unexpected, VmEvents};
+
+const LISTENER: u64 = 0;
+const CONNECTION: u64 = 1;
+const OUTBOX: u64 = 2;
+
+/// Bytes taken from the socket in one go.
+const READ_SIZE: usize = 64 << 10;
+/// Most of them before something else gets its turn.
+const MOST_READS: u32 = 64;
+/// How long to leave the listener alone when there is no descriptor left for a connection.
+const ACCEPT_RETRY_MS: i32 = 1000;
+
+static CLOSED: LogLimit = LogLimit::new(10);
+static SECOND: LogLimit = LogLimit::new(3);
+static ACCEPT: LogLimit = LogLimit::new(3);
+
+/// Why the channel cannot go on at all.
+#[derive(Debug, thiserror::Error)]
+#[error("control channel: {what}")]
+pub struct ChannelError {
+    what: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+/// Why one connection was closed.
+#[derive(Debug, thiserror::Error)]
+enum Closed {
+    #[error("QEMU closed it")]
+    ByPeer,
+    #[error("it broke")]
+    Io(#[source] io::Error),
+    #[error("QEMU sent what the specification does not allow")]
+    Wire(#[from] WireError),
+    #[error("QEMU sent an answer to nothing")]
+    Unexpected(#[from] Unexpected),
+    #[error("the first message was not HELLO")]
+    NoHello,
+    #[error("QEMU sent a second HELLO")]
+    SecondHello,
+}
+
+/// Messages on their way to QEMU. The way in for other threads.
+#[derive(Debug)]
+pub struct Outbox {
+    bytes: Mutex<Vec<u8>>,
+    wake: EventFd,
+}
+
+impl Outbox {
+    /// An empty outbox.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor is left.
+    pub fn new() -> Result<Self, ChannelError> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| ChannelError {
+            what: "cannot create an eventfd",
+            source,
+        })?;
+        Ok(Self {
+            bytes: Mutex::default(),
+            wake,
+        })
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn post(&self, message: &[u8]) {
+        self.bytes().extend_from_slice(message);
+        // Fails only when the counter is full, and then the thread is about to wake anyway.
+        let _ = self.wake.write(1);
+    }
+}
+
+// What waits here is bounded by Enforcer's rule: one PROTECT and one GET_STATE at a time.
+impl Enforcer for Outbox {
+    fn protect(&self, seq: u64, generation: u64, protections: &[Protection]) {
+        self.post(&wire::encode_protect(seq, generation, protections));
+    }
+
+    fn request_state(&self, seq: u64) {
+        self.post(&wire::encode_get_state(seq));
+    }
+}
+
+/// Serves the control channel on `listener`.
+///
+/// # Errors
+///
+/// Returns only when the channel cannot go on at all.
+pub fn serve(
+    listener: UnixListener,
+    outbox: &Outbox,
+    events: &Arc<dyn VmEvents>,
+) -> Result<std::convert::Infallible, ChannelError> {
+    Server::new(listener, outbox, events.as_ref())?.run()
+}
+
+struct Server<'a> {
+    epoll: Epoll,
+    listener: UnixListener,
+    listening: bool,
+    connection: Option<Connection>,
+    outbox: &'a Outbox,
+    events: &'a dyn VmEvents,
+}
+
+struct Connection {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    greeted: bool,
+}
+
+impl<'a> Server<'a> {
+    fn new(
+        listener: UnixListener,
+        outbox: &'a Outbox,
+        events: &'a dyn VmEvents,
+    ) -> Result<Self, ChannelError> {
+        let failed = |what| move |source| ChannelError { what, source };
+        listener
+            .set_nonblocking(true)
+            .map_err(failed("cannot set up the listener"))?;
+        let epoll = Epoll::new().map_err(failed("cannot create an epoll instance"))?;
+        let wake = EpollEvent::new(EventSet::IN, OUTBOX);
+        epoll
+            .ctl(ControlOperation::Add, outbox.wake.as_raw_fd(), wake)
+            .map_err(failed("cannot watch the outbox"))?;
+        let mut server = Self {
+            epoll,
+            listener,
+            listening: false,
+            connection: None,
+            outbox,
+            events,
+        };
+        server.listen(true)?;
+        Ok(server)
+    }
+
+    fn listen(&mut self, on: bool) -> Result<(), ChannelError> {
+        if on != self.listening {
+            let operation = if on {
+                ControlOperation::Add
+            } else {
+                ControlOperation::Delete
+            };
+            let event = EpollEvent::new(EventSet::IN, LISTENER);
+            self.epoll
+                .ctl(operation, self.listener.as_raw_fd(), event)
+                .map_err(|source| ChannelError {
+                    what: "cannot watch the listener",
+                    source,
+                })?;
+            self.listening = on;
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<std::convert::Infallible, ChannelError> {
+        let mut ready = [EpollEvent::default(); 4];
+        loop {
+            let timeout = if self.listening { -1 } else { ACCEPT_RETRY_MS };
+            let count = match self.epoll.wait(timeout, &mut ready) {
+                Ok(count) => count,
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(source) => {
+                    return Err(ChannelError {
+                        what: "cannot wait for events",
+                        source,
+                    });
+                }
+            };
+            let is_ready = |token| ready[..count].iter().any(|e| e.data() == token);
+            if is_ready(OUTBOX) {
+                let _ = self.outbox.wake.read();
+            }
+            if is_ready(LISTENER) || count == 0 {
+                // A QEMU that connects again closed its old socket before: see that first.
+                self.step(Connection::receive_all);
+                self.accept()?;
+            } else if is_ready(CONNECTION) {
+                self.step(|connection, events| connection.receive(events).map(drop));
+            }
+            let outbox = self.outbox;
+            self.step(|connection, _| connection.send(outbox));
+            self.watch()?;
+        }
+    }
+
+    fn accept(&mut self) -> Result<(), ChannelError> {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if is_transient(&e) || e.kind() == ErrorKind::ConnectionAborted => {
+                return self.listen(true);
+            }
+            Err(e) => {
+                log_limited!(
+                    ACCEPT,
+                    Warn,
+                    "control channel: cannot accept a connection: {e}"
+                );
+                return self.listen(false);
+            }
+        };
+        self.listen(true)?;
+        if self.connection.is_some() {
+            log_limited!(
+                SECOND,
+                Warn,
+                "control channel: closed a second connection: one QEMU only"
+            );
+            return Ok(());
+        }
+        let event = EpollEvent::new(EventSet::IN, CONNECTION);
+        if let Err(e) = stream.set_nonblocking(true).and_then(|()| {
+            self.epoll
+                .ctl(ControlOperation::Add, stream.as_raw_fd(), event)
+        }) {
+            log_limited!(
+                ACCEPT,
+                Warn,
+                "control channel: cannot set up a connection: {e}"
+            );
+            return Ok(());
+        }
+        self.connection = Some(Connection {
+            stream,
+            input: Vec::new(),
+            output: wire::encode_hello(),
+            greeted: false,
+        });
+        Ok(())
+    }
+
+    /// Does something with the connection, and closes it if that fails.
+    fn step(&mut self, work: impl FnOnce(&mut Connection, &dyn VmEvents) -> Result<(), Closed>) {
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        let Err(reason) = work(connection, self.events) else {
+            return;
+        };
+        match reason {
+            Closed::ByPeer => log_limited!(CLOSED, Info, "control channel closed: {reason}"),
+            _ => log_limited!(CLOSED, Warn, "control channel closed: {}", Chain(&reason)),
+        }
+        self.connection = None;
+        // In this order: once told, the other side posts nothing more.
+        self.events.disconnected();
+        self.outbox.bytes().clear();
+    }
+
+    /// Waits for room in the socket only while something waits for it.
+    fn watch(&mut self) -> Result<(), ChannelError> {
+        let Some(connection) = &self.connection else {
+            return Ok(());
+        };
+        let mut set = EventSet::IN;
+        set.set(EventSet::OUT, !connection.output.is_empty());
+        let event = EpollEvent::new(set, CONNECTION);
+        self.epoll
+            .ctl(
+                ControlOperation::Modify,
+                connection.stream.as_raw_fd(),
+                event,
+            )
+            .map_err(|source| ChannelError {
+                what: "cannot watch the connection",
+                source,
+            })
+    }
+}
+
+impl Connection {
+    /// Takes what has arrived, at most [`READ_SIZE`] bytes so that a talkative peer cannot keep
+    /// the thread; the rest makes the socket readable again. Returns whether there was anything.
+    fn receive(&mut self, events: &dyn VmEvents) -> Result<bool, Closed> {
+        let mut chunk = [0; READ_SIZE];
+        let n = match self.stream.read(&mut chunk) {
+            Ok(0) => return Err(Closed::ByPeer),
+            Ok(n) => n,
+            Err(e) if is_transient(&e) => return Ok(false),
+            Err(e) => return Err(Closed::Io(e)),
+        };
+        self.input.extend_from_slice(&chunk[..n]);
+        let mut input = self.input.as_slice();
+        while let Some((message, rest)) = split_message(input)? {
+            self.greeted = dispatch(message, self.greeted, events)?;
+            input = rest;
+        }
+        let done = self.input.len() - input.len();
+        self.input.drain(..done);
+        Ok(true)
+    }
+
+    /// Takes all that has arrived, within the bounds of what a socket buffer holds.
+    fn receive_all(&mut self, events: &dyn VmEvents) -> Result<(), Closed> {
+        for _ in 0..MOST_READS {
+            if !self.receive(events)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, outbox: &Outbox) -> Result<(), Closed> {
+        self.output.append(&mut outbox.bytes());
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(n) => drop(self.output.drain(..n)),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(Closed::Io(e)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cuts the first message off `input`, or `None` if it is not complete yet.
+fn split_message(input: &[u8]) -> Result<Option<(Message, &[u8])>, WireError> {
+    let Some((header, rest)) = input.split_first_chunk::<HEADER_SIZE>() else {
+        return Ok(None);
+    };
+    let header = Header::decode(header)?;
+    let Some((payload, rest)) = rest.split_at_checked(header.payload_len()) else {
+        return Ok(None);
+    };
+    Ok(Some((Message::decode(&header, payload)?, rest)))
+}
+
+/// Hands one message on. Returns that HELLO has been seen.
+fn dispatch(message: Message, greeted: bool, events: &dyn VmEvents) -> Result<bool, Closed> {
+    match (message, greeted) {
+        (Message::Hello(vm), false) => events.connected(vm),
+        (Message::Hello(_), true) => return Err(Closed::SecondHello),
+        (_, false) => return Err(Closed::NoHello),
+        (
+            Message::State {
+                seq,
+                generation,
+                table,
+            },
+            true,
+        ) => events.state(seq, generation, table)?,
+        (Message::Result { seq, outcome }, true) => events.result(seq, outcome)?,
+        (Message::Violation(violation), true) => events.violation(violation),
+        (Message::Reset { generation }, true) => events.reset(generation),
+    }
+    Ok(true)
+}
+
+fn is_transient(e: &io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}

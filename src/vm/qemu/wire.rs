@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The messages of the control channel, `docs/control-channel.md`: bytes to values and back.
+//!
+//! Pure. Every length is checked when the header is there, before a byte of payload is kept;
+//! what comes out of [`Message::decode`] needs no more checking.
+
+use crate::protect::{
+    Attributes, Deny, GfnRange, PAGE_SHIFT, Protection, RangeError, Table, UnknownBits,
+};
+use crate::vm::enforcer::{Accelerator, Outcome, Violation, VmInfo};
+
+/// "VGRD", the first field of a `HELLO`.
+pub const MAGIC: u32 = 0x4452_4756;
+/// The version of the channel that is spoken here.
+pub const VERSION: u32 = 1;
+/// Bytes of a message header.
+pub const HEADER_SIZE: usize = 16;
+/// Most payload bytes in a message from QEMU.
+pub const MAX_PAYLOAD: u32 = 1 << 20;
+
+const HELLO_SIZE: u32 = 56;
+const STATE_HEADER_SIZE: u32 = 16;
+const RESULT_SIZE: u32 = 24;
+const VIOLATION_SIZE: u32 = 64;
+const RESET_SIZE: u32 = 8;
+const RANGE_SIZE: u32 = 24;
+
+const TYPE_HELLO: u16 = 0x01;
+const TYPE_STATE: u16 = 0x02;
+const TYPE_RESULT: u16 = 0x03;
+const TYPE_VIOLATION: u16 = 0x04;
+const TYPE_RESET: u16 = 0x05;
+const TYPE_COMPANION_HELLO: u16 = 0x101;
+const TYPE_PROTECT: u16 = 0x102;
+const TYPE_GET_STATE: u16 = 0x103;
+
+/// Why a message is not one of the specification's.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// No message has this type.
+    #[error("message of unknown type {0:#x}")]
+    UnknownType(u16),
+    /// Version 1 has no flags.
+    #[error("message of type {kind:#x} with flags {flags:#x}")]
+    Flags {
+        /// Type of the message.
+        kind: u16,
+        /// Its flags.
+        flags: u16,
+    },
+    /// The type does not allow this length.
+    #[error("message of type {kind:#x} with {length} bytes of payload")]
+    Length {
+        /// Type of the message.
+        kind: u16,
+        /// Its payload in bytes.
+        length: u32,
+    },
+    /// A `HELLO` of something else.
+    #[error("HELLO with magic {0:#x}")]
+    Magic(u32),
+    /// A `HELLO` of another version.
+    #[error("HELLO of version {0}; this is version {VERSION}")]
+    Version(u32),
+    /// A field holds a value that the specification does not give it.
+    #[error("{field} is {value:#x}")]
+    Field {
+        /// Name of the field.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// A range in a `STATE` is not one.
+    #[error("range {index} in STATE")]
+    Range {
+        /// Which range.
+        index: usize,
+        /// What is wrong.
+        #[source]
+        source: RangeError,
+    },
+    /// A range in a `STATE` has attributes that nobody knows.
+    #[error("attributes of range {index} in STATE")]
+    Attributes {
+        /// Which range.
+        index: usize,
+        /// What is wrong.
+        #[source]
+        source: UnknownBits,
+    },
+    /// The ranges in a `STATE` are not sorted and disjoint.
+    #[error("range {0} in STATE does not lie above the one before it")]
+    Unsorted(usize),
+}
+
+/// A message header that passed the checks that need no payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    kind: u16,
+    length: u32,
+    seq: u64,
+}
+
+impl Header {
+    /// Reads a header.
+    ///
+    /// # Errors
+    ///
+    /// Unknown type, flags, or a payload length that the type does not allow.
+    pub fn decode(bytes: &[u8; HEADER_SIZE]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let (kind, flags) = (fields.u16(), fields.u16());
+        let (length, seq) = (fields.u32(), fields.u64());
+        let length_fits = match kind {
+            TYPE_HELLO => length == HELLO_SIZE,
+            TYPE_STATE => {
+                (STATE_HEADER_SIZE..=MAX_PAYLOAD).contains(&length)
+                    && (length - STATE_HEADER_SIZE).is_multiple_of(RANGE_SIZE)
+            }
+            TYPE_RESULT => length == RESULT_SIZE,
+            TYPE_VIOLATION => length == VIOLATION_SIZE,
+            TYPE_RESET => length == RESET_SIZE,
+            _ => return Err(WireError::UnknownType(kind)),
+        };
+        if flags != 0 {
+            return Err(WireError::Flags { kind, flags });
+        }
+        if !length_fits {
+            return Err(WireError::Length { kind, length });
+        }
+        Ok(Self { kind, length, seq })
+    }
+
+    /// Bytes of payload that follow: at most [`MAX_PAYLOAD`].
+    pub fn payload_len(&self) -> usize {
+        self.length as usize
+    }
+}
+
+/// A message from QEMU.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Message {
+    /// What this VM is and can enforce.
+    Hello(VmInfo),
+    /// Everything in force.
+    State {
+        /// 0, or that of a `GET_STATE`.
+        seq: u64,
+        /// The VM's generation.
+        generation: u64,
+        /// What is denied where.
+        table: Table,
+    },
+    /// The answer to a `PROTECT`.
+    Result {
+        /// That of the `PROTECT`.
+        seq: u64,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// A refused access.
+    Violation(Violation),
+    /// The VM was reset.
+    Reset {
+        /// The new generation.
+        generation: u64,
+    },
+}
+
+impl Message {
+    /// Reads the payload that belongs to `header`: exactly [`Header::payload_len`] bytes.
+    ///
+    /// # Errors
+    ///
+    /// A field holds what the specification does not allow.
+    pub fn decode(header: &Header, payload: &[u8]) -> Result<Self, WireError> {
+        assert_eq!(
+            payload.len(),
+            header.payload_len(),
+            "the caller cuts the stream"
+        );
+        let mut fields = Fields(payload);
+        let seq = header.seq;
+        Ok(match header.kind {
+            TYPE_HELLO => Self::Hello(decode_hello(&mut fields)?),
+            TYPE_STATE => {
+                let generation = fields.u64();
+                let table = decode_state(&mut fields)?;
+                Self::State {
+                    seq,
+                    generation,
+                    table,
+                }
+            }
+            TYPE_RESULT => {
+                let (status, index) = (fields.u32(), fields.u32());
+                let (generation, ranges_in_force) = (fields.u64(), fields.u32());
+                let index = (index != u32::MAX).then_some(index);
+                Self::Result {
+                    seq,
+                    outcome: Outcome {
+                        status,
+                        index,
+                        generation,
+                        ranges_in_force,
+                    },
+                }
+            }
+            TYPE_VIOLATION => Self::Violation(decode_violation(&mut fields)?),
+            TYPE_RESET => Self::Reset {
+                generation: fields.u64(),
+            },
+            other => return Err(WireError::UnknownType(other)),
+        })
+    }
+}
+
+fn decode_hello(fields: &mut Fields<'_>) -> Result<VmInfo, WireError> {
+    let (magic, version) = (fields.u32(), fields.u32());
+    if magic != MAGIC {
+        return Err(WireError::Magic(magic));
+    }
+    if version != VERSION {
+        return Err(WireError::Version(version));
+    }
+    let accelerator = match fields.u32() {
+        1 => Accelerator::Kvm,
+        2 => Accelerator::Tcg,
+        other => return Err(field("accel", other)),
+    };
+    let page_shift = fields.u32();
+    if page_shift != PAGE_SHIFT {
+        return Err(field("page_shift", page_shift));
+    }
+    // A VM that can enforce more than is known here is no worse for it.
+    let deny = Deny::from_bits_truncate(fields.u64());
+    let generation = fields.u64();
+    let (max_ranges, max_request_ranges) = (fields.u32(), fields.u32());
+    if max_request_ranges == 0 {
+        return Err(field("max_request_ranges", 0u32));
+    }
+    Ok(VmInfo {
+        accelerator,
+        deny,
+        generation,
+        max_ranges,
+        max_request_ranges,
+    })
+}
+
+fn decode_state(fields: &mut Fields<'_>) -> Result<Table, WireError> {
+    let (count, _reserved) = (fields.u32(), fields.u32());
+    if fields.0.len() as u64 != u64::from(count) * u64::from(RANGE_SIZE) {
+        return Err(field("count in STATE", count));
+    }
+    let mut table = Table::default();
+    let mut above = None;
+    for index in 0..count as usize {
+        let (start, end, bits) = (fields.u64(), fields.u64(), fields.u64());
+        let range =
+            GfnRange::new(start, end).map_err(|source| WireError::Range { index, source })?;
+        let attributes = Attributes::from_bits(bits)
+            .map_err(|source| WireError::Attributes { index, source })?;
+        if above.is_some_and(|above| range.start() <= above) {
+            return Err(WireError::Unsorted(index));
+        }
+        above = Some(range.end());
+        table.add(&Protection { range, attributes });
+    }
+    Ok(table)
+}
+
+fn decode_violation(fields: &mut Fields<'_>) -> Result<Violation, WireError> {
+    let kind = fields.u16();
+    if kind != 1 {
+        return Err(field("type of VIOLATION", kind));
+    }
+    Ok(Violation {
+        access: fields.u16(),
+        source: fields.u32(),
+        gpa: fields.u64(),
+        gva: fields.u64(),
+        rip: fields.u64(),
+        value: fields.u64(),
+        size: fields.u32(),
+        times: fields.u32(),
+        lost: fields.u64(),
+        action: fields.u32(),
+    })
+}
+
+fn field(field: &'static str, value: impl Into<u64>) -> WireError {
+    WireError::Field {
+        field,
+        value: value.into(),
+    }
+}
+
+/// The companion's `HELLO`.
+pub fn encode_hello() -> Vec<u8> {
+    let mut bytes = header(TYPE_COMPANION_HELLO, 8, 0);
+    bytes.extend(MAGIC.to_le_bytes());
+    bytes.extend(VERSION.to_le_bytes());
+    bytes
+}
+
+/// `PROTECT`, with the ranges in the order given.
+pub fn encode_protect(seq: u64, generation: u64, protections: &[Protection]) -> Vec<u8> {
+    let count = u32::try_from(protections.len()).expect("at most 4096 ranges in a request");
+    let mut bytes = header(TYPE_PROTECT, 16 + count * RANGE_SIZE, seq);
+    bytes.extend(generation.to_le_bytes());
+    bytes.extend(count.to_le_bytes());
+    bytes.extend(0u32.to_le_bytes());
+    for Protection { range, attributes } in protections {
+        bytes.extend(range.start().number().to_le_bytes());
+        bytes.extend(range.end().number().to_le_bytes());
+        bytes.extend(attributes.bits().to_le_bytes());
+    }
+    bytes
+}
+
+/// `GET_STATE`.
+pub fn encode_get_state(seq: u64) -> Vec<u8> {
+    header(TYPE_GET_STATE, 0, seq)
+}
+
+fn header(kind: u16, length: u32, seq: u64) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_SIZE + length as usize);
+    bytes.extend(kind.to_le_bytes());
+    bytes.extend(0u16.to_le_bytes());
+    bytes.extend(length.to_le_bytes());
+    bytes.extend(seq.to_le_bytes());
+    bytes
+}
+
+/// Little-endian fields, one after another, out of bytes whose length was checked before.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let (head, tail) = self.0.split_first_chunk().expect("the length was checked");
+        self.0 = tail;
+        *head
+    }
+
+    fn u16(&mut self) -> u16 {
+        u16::from_le_bytes(self.take())
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+}
