@@ -185,7 +185,7 @@ static void kill_children(void)
     snprintf(path, sizeof(path), "/proc/self/task/%d/children", getpid());
     list = fopen(path, "re");
     if (!list)
-        return;
+        fatal(path);
     while (fscanf(list, "%d", &pid) == 1)
         kill(pid, SIGKILL);
     fclose(list);
@@ -534,7 +534,7 @@ static void serve_port(const char *path)
     if (signals < 0)
         fatal("signalfd");
     for (int i = 0; i < MAX_CHANNELS; i++)
-        free_channel(&channels[i]);
+        channels[i] = (struct channel){.in = -1, .out = -1, .err = -1};
     serve(signals);
 }
 
