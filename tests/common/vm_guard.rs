@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! QEMU's vm-guard object: speaks the control channel as `docs/control-channel.md` has it, with
+//! code of its own, so that a mistake in the crate's is seen.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use super::{Companion, DEADLINE, NO_INDEX, NOWRITE, wait_for};
+
+pub const HELLO: u16 = 1;
+pub const STATE: u16 = 2;
+pub const RESULT: u16 = 3;
+pub const VIOLATION: u16 = 4;
+pub const RESET: u16 = 5;
+
+pub type Range = (u64, u64, u64);
+
+pub struct VmGuard {
+    pub stream: UnixStream,
+    pub generation: u64,
+    /// Disjoint ranges that it says are in force.
+    pub in_force: u32,
+}
+
+#[derive(Debug)]
+pub struct Protect {
+    pub seq: u64,
+    pub generation: u64,
+    pub ranges: Vec<Range>,
+}
+
+pub fn message(kind: u16, seq: u64, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = kind.to_le_bytes().to_vec();
+    bytes.extend([0, 0]);
+    bytes.extend((payload.len() as u32).to_le_bytes());
+    bytes.extend(seq.to_le_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+pub fn hello_payload(deny: u64, generation: u64) -> Vec<u8> {
+    let mut bytes = b"VGRD".to_vec();
+    for field in [1u32, 2, 12] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend(deny.to_le_bytes());
+    bytes.extend(generation.to_le_bytes());
+    for field in [1000, 4096, u32::MAX, 1] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend([0; 8]);
+    bytes
+}
+
+pub fn state_payload(generation: u64, ranges: &[Range]) -> Vec<u8> {
+    let mut bytes = generation.to_le_bytes().to_vec();
+    bytes.extend((ranges.len() as u32).to_le_bytes());
+    bytes.extend([0; 4]);
+    for (start, end, attributes) in ranges {
+        for field in [start, end, attributes] {
+            bytes.extend(field.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+pub fn violation_payload(source: u32, gpa: u64, times: u32, lost: u64) -> Vec<u8> {
+    let mut bytes = vec![1, 0, 1, 0];
+    bytes.extend(source.to_le_bytes());
+    for field in [gpa, 0xffff_8000_0000_1234, 0xffff_ffff_8100_0000, 0xabcd] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend(8u32.to_le_bytes());
+    bytes.extend(times.to_le_bytes());
+    bytes.extend(lost.to_le_bytes());
+    bytes.extend(1u32.to_le_bytes());
+    bytes.extend([0; 4]);
+    bytes
+}
+
+impl VmGuard {
+    /// Connects and says HELLO and an empty STATE, of generation 1.
+    pub fn connect(companion: &Companion) -> Self {
+        Self::connect_with(companion, 1, &[])
+    }
+
+    pub fn connect_with(companion: &Companion, generation: u64, ranges: &[Range]) -> Self {
+        let greeted = companion.log_lines("QEMU connected:");
+        let mut vm_guard = Self::connect_silently(companion);
+        vm_guard.generation = generation;
+        vm_guard.send(HELLO, 0, &hello_payload(NOWRITE, generation));
+        vm_guard.send(STATE, 0, &state_payload(generation, ranges));
+        vm_guard.in_force = ranges.len() as u32;
+        companion.wait_for_log_lines("QEMU connected:", greeted + 1);
+        vm_guard
+    }
+
+    /// Connects, takes the companion's HELLO, and says nothing.
+    pub fn connect_silently(companion: &Companion) -> Self {
+        // A connection that replaces one that was just closed may come too early.
+        wait_for("HELLO of the companion", || {
+            let stream = companion.connect_control();
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            let mut vm_guard = Self {
+                stream,
+                generation: 1,
+                in_force: 0,
+            };
+            let (kind, seq, payload) = vm_guard.try_receive()?;
+            assert_eq!((kind, seq), (0x101, 0));
+            assert_eq!(payload, *b"VGRD\x01\0\0\0");
+            Some(vm_guard)
+        })
+    }
+
+    pub fn send(&mut self, kind: u16, seq: u64, payload: &[u8]) {
+        self.stream.write_all(&message(kind, seq, payload)).unwrap();
+    }
+
+    /// The next message, or `None` when the companion has closed the connection.
+    pub fn try_receive(&mut self) -> Option<(u16, u64, Vec<u8>)> {
+        let mut header = [0; 16];
+        if self.stream.read_exact(&mut header).is_err() {
+            return None;
+        }
+        let field = |at: usize, n: usize| {
+            header[at..at + n]
+                .iter()
+                .rev()
+                .fold(0u64, |v, &b| v << 8 | u64::from(b))
+        };
+        assert_eq!(field(2, 2), 0, "flags");
+        let mut payload = vec![0; field(4, 4) as usize];
+        self.stream.read_exact(&mut payload).unwrap();
+        Some((field(0, 2) as u16, field(8, 8), payload))
+    }
+
+    pub fn assert_closed(mut self) {
+        let mut rest = Vec::new();
+        // A reset counts: the companion does not read what it does not want.
+        let _ = self.stream.read_to_end(&mut rest);
+        assert!(rest.is_empty(), "{rest:x?}");
+    }
+
+    /// That nothing was sent.
+    pub fn assert_silent(&mut self) {
+        self.stream.set_nonblocking(true).unwrap();
+        let error = self.stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        self.stream.set_nonblocking(false).unwrap();
+    }
+
+    pub fn protect(&mut self) -> Protect {
+        let (kind, seq, payload) = self.try_receive().expect("PROTECT, not the end");
+        assert_eq!(kind, 0x102, "PROTECT");
+        let words: Vec<_> = payload
+            .chunks(8)
+            .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+            .collect();
+        let ranges: Vec<_> = words[2..].chunks(3).map(|r| (r[0], r[1], r[2])).collect();
+        assert_eq!(words[1], ranges.len() as u64);
+        Protect {
+            seq,
+            generation: words[0],
+            ranges,
+        }
+    }
+
+    /// The sequence number of a GET_STATE.
+    pub fn get_state(&mut self) -> u64 {
+        let (kind, seq, payload) = self.try_receive().expect("GET_STATE, not the end");
+        assert_eq!((kind, payload.len()), (0x103, 0));
+        seq
+    }
+
+    pub fn result(&mut self, seq: u64, status: u32, index: u32) {
+        let mut payload = status.to_le_bytes().to_vec();
+        payload.extend(index.to_le_bytes());
+        payload.extend(self.generation.to_le_bytes());
+        payload.extend(self.in_force.to_le_bytes());
+        payload.extend([0; 4]);
+        self.send(RESULT, seq, &payload);
+    }
+
+    /// Answers that all ranges are enforced; they are to be new, apart from each other.
+    pub fn succeed(&mut self, protect: &Protect) {
+        assert_eq!(protect.generation, self.generation);
+        self.in_force += protect.ranges.len() as u32;
+        self.result(protect.seq, 0, NO_INDEX);
+    }
+
+    pub fn reset(&mut self) {
+        self.generation += 1;
+        self.in_force = 0;
+        let generation = self.generation.to_le_bytes();
+        self.send(RESET, 0, &generation);
+    }
+}
