@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The bare-metal guest's own tests, each in a VM of its own.
+
+The guest decides (tests/guests) and says so by QEMU's exit status; here is
+only what machine each of its tests needs.
+"""
+
+import os
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+# pylint: disable=wrong-import-position
+from harness.case import GuardTest  # noqa: E402
+from harness.machine import PASS, SKIP  # noqa: E402
+
+RNG = ("-device", "virtio-rng-pci")
+SLOW_DISK = ("-blockdev",
+             "null-co,node-name=slow,read-zeroes=on,latency-ns=1000000000",
+             "-device", "virtio-blk-pci,drive=slow")
+
+
+class BareMetal(GuardTest):
+    """One method for each test of the guest.
+
+    :avocado: disable
+    """
+
+    def check(self, test, *words, devices=(), deadline=60, **options):
+        """Run it; the guest's verdict is the test's."""
+        companion = self.companion()
+        vm = self.bare_metal(test, companion, words, devices, reboot=False,
+                             **options)
+        try:
+            status = vm.wait(deadline)
+        finally:
+            self.log.info("guest said:\n%s", vm.console.text())
+        if status == SKIP:
+            reason = re.search(r"^SKIP .*", vm.console.text(), re.M)
+            self.cancel(reason.group() if reason else "the guest skipped it")
+        if status != PASS:
+            self.fail(f"{test}: QEMU's exit status is {status}\n"
+                      f"{vm.console.tail()}\n{vm.log.tail()}")
+        self.assertTrue(companion.alive(), "the companion is gone")
+        self.assertNotIn("panicked", companion.log.text())
+
+    def test_probe(self):
+        self.check("probe")
+
+    def test_lock_cpl0(self):
+        self.check("lock-cpl0")
+
+    def test_lock_cpl3(self):
+        self.check("lock-cpl3")
+
+    def test_lock_alias(self):
+        self.check("lock-alias")
+
+    def test_lock_pagetable(self):
+        self.check("lock-pagetable")
+
+    def test_lock_device_reset(self):
+        self.check("lock-device-reset")
+
+    def test_lock_dma(self):
+        self.check("lock-dma", devices=RNG)
+
+    def test_lock_fwcfg(self):
+        self.check("lock-fwcfg")
+
+    def test_lock_balloon(self):
+        self.check("lock-balloon", devices=("-device", "virtio-balloon-pci"))
+
+    def test_lock_busy(self):
+        self.check("lock-busy", devices=SLOW_DISK)
+
+    def test_lock_ring(self):
+        self.check("lock-ring", devices=RNG)
+
+    def test_lock_companion(self):
+        self.check("lock-companion")
+
+    def test_race(self):
+        self.check("race", smp=2, deadline=120)
+
+    def test_atomic(self):
+        self.check("atomic", deadline=120)
+
+    def test_errors(self):
+        self.check("errors")
+
+    def test_events(self):
+        self.check("events")
+
+    def test_events_lost(self):
+        self.check("events-lost", deadline=120)
+
+
+class Machine(GuardTest):
+    """What the other tests stand on, without the guard device.
+
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    def test_exceptions_cpus_and_virtio(self):
+        vm = self.bare_metal("machine", None, devices=RNG, smp=2, reboot=False)
+        self.assertEqual(vm.wait(), PASS, vm.console.tail())
+
+
+class Inject(BareMetal):
+    """The guest gets a fault for each refused store.
+
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    policy = "inject"
+
+    def test_many_ranges(self):
+        self.check("many", "n=8192", deadline=180)
+
+    def test_nospc(self):
+        self.check("nospc", deadline=240, memory=1024)
+
+    def test_lock_unemulated(self):
+        """What KVM cannot emulate must not land; there the VM stops."""
+        if self.accel == "tcg":
+            self.check("lock-unemulated")
+            return
+        companion = self.companion()
+        vm = self.bare_metal("lock-unemulated", companion, ["unemulated=1"])
+        vm.expect("trying cmpxchg16b")
+        vm.qmp.event("STOP")
+        self.assertIn(vm.status(), ("internal-error", "paused"))
+        self.assertNotIn("FAIL", vm.console.text())
+        self.assertTrue(companion.alive(), "the companion is gone")
+
+
+class Drop(BareMetal):
+    """A refused store is discarded and the guest goes on.
+
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    policy = "drop"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Base class of the functional tests.
+
+Which suite a test runs in comes from the runner (tests/functional/run): `tcg`
+and `kvm` are this machine, `lab` is KVM in the lab. What every process wrote
+lies in the test's own directory among avocado's results.
+"""
+
+import os
+from pathlib import Path
+
+from avocado import Test
+
+from . import machine
+from .host import LabHost, LocalHost
+
+SUITE = os.environ.get("VHOST_GUARD_SUITE", "tcg")
+
+
+class GuardTest(Test):
+    """A test with a host, and a companion and VMs on it.
+
+    :avocado: disable
+    """
+
+    # A hang is a failure, not a hung run; waits have shorter deadlines.
+    timeout = 300 if SUITE != "lab" else 900
+    policy = "inject"
+
+    def setUp(self):
+        self.accel = "tcg" if SUITE == "tcg" else "kvm"
+        if SUITE == "lab":
+            self.host = LabHost(os.environ["VHOST_GUARD_LAB"])
+        else:
+            self.host = LocalHost()
+        self.host.log_directory = Path(self.outputdir)
+        self.directory = self.host.temporary_directory()
+
+    def tearDown(self):
+        if hasattr(self, "host"):
+            self.host.close()
+
+    def companion(self, name="companion", directory=None):
+        """A companion that listens."""
+        return machine.Companion(self.host, directory or self.directory,
+                                 name).start()
+
+    def vm(self, extra=(), **options):
+        """A QEMU."""
+        options.setdefault("policy", self.policy)
+        return machine.Vm(self.host, self.accel, self.directory, extra,
+                          **options)
+
+    def bare_metal(self, test, companion, words=(), devices=(), **options):
+        """A QEMU with the bare-metal guest."""
+        policy = options.get("policy", self.policy)
+        # A guest that is paused or shut down notices nothing of its own.
+        told = policy if policy == "inject" else "drop"
+        return self.vm([*machine.bare_metal_arguments(
+            self.host, test, told, self.accel, words), *devices],
+            companion=companion, **options)
+
+    def linux(self, words, companion, kernel="6.12-cloud", **options):
+        """A QEMU with the Linux guest."""
+        cpu = "max,la57=off" if self.accel == "tcg" else "host"
+        return self.vm(machine.linux_arguments(self.host, kernel, words),
+                       companion=companion,
+                       **{"memory": 512, "bios": None, "cpu": cpu, **options})
+
+    def assert_matches(self, match, **fields):
+        """Named groups of a match, as numbers."""
+        for name, value in fields.items():
+            self.assertEqual(int(match.group(name)), value,
+                             f"{name} in {match.group()!r}")

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The companion, QEMU with the device, and what the guests say.
+
+Each class runs one program on a Host and turns what it says into something
+to wait for. None of them knows which host it is.
+"""
+
+import functools
+import re
+import signal
+import sys
+
+from . import qmp as monitor
+from .host import REPO, lab
+from .stream import Ended, Timeout
+
+sys.path.insert(0, str(REPO / "tests" / "linux"))
+import kernels  # noqa: E402  pylint: disable=wrong-import-position
+
+GUEST_ELF = REPO / "build" / "guests" / "guard-guest.elf"
+#: What the bare-metal guest's verdict is as an exit status of QEMU.
+PASS, FAIL, SKIP = 33, 35, 37
+
+
+@functools.lru_cache
+def linux_guest(kernel):
+    """Image and initramfs of a Debian kernel."""
+    return kernels.guest(kernel)
+
+
+class Companion:
+    """One vhost-guard process."""
+
+    def __init__(self, host, directory, name="companion"):
+        self.host = host
+        self.name = name
+        self.socket = f"{directory}/guard"
+        self.control = f"{directory}/guard.ctl"
+        self.process = None
+        self.generation = 0
+
+    @property
+    def log(self):
+        """Its standard error, a Stream."""
+        return self.process.stderr
+
+    def start(self):
+        """Start it and wait until it listens."""
+        self.generation += 1
+        self.process = self.host.spawn(
+            [self.host.put(lab.companion_path()), "--socket-path", self.socket,
+             "--control-path", self.control, "--log-level", "info"],
+            name=f"{self.name}-{self.generation}")
+        self.log.expect("listening", 30 * self.host.patience)
+        return self
+
+    def kill(self):
+        """SIGKILL; returns when it is gone."""
+        self.process.kill()
+        self.process.wait(10 * self.host.patience)
+
+    def stop(self):
+        """SIGTERM; returns its exit status."""
+        self.process.kill(signal.SIGTERM)
+        return self.process.wait(10 * self.host.patience)
+
+    def alive(self):
+        """Does it run?"""
+        return self.process.poll() is None
+
+
+class Vm:
+    """One QEMU with the guard device. `extra` is added to the command line."""
+
+    count = 0
+
+    def __init__(self, host, accel, directory, extra=(), *, companion=None,
+                 control=None, policy="inject", memory=256, smp=1,
+                 machine="q35", bios="qboot.rom", cpu=None, reboot=True):
+        self.host = host
+        Vm.count += 1
+        self.name = f"vm-{Vm.count}"
+        self._qmp_path = f"{directory}/{self.name}.qmp"
+        command = [host.put(lab.qemu_path()), *host.firmware_arguments(),
+                   "-accel", accel, "-smp", str(smp), "-m",
+                   str(memory), "-object", "memory-backend-memfd,id=ram,"
+                   f"size={memory}M,share=on", "-machine",
+                   f"{machine},memory-backend=ram", "-nodefaults",
+                   "-no-user-config", "-display", "none", "-serial", "stdio",
+                   "-qmp", f"unix:{self._qmp_path},server=on,wait=off"]
+        if cpu:
+            command += ["-cpu", cpu]
+        if bios:
+            command += ["-bios", bios]
+        if not reboot:
+            command += ["-no-reboot"]
+        if companion:
+            command += self.guard_arguments(companion.socket,
+                                            control or companion.control,
+                                            policy)
+        self.process = host.spawn([*command, *extra], name=self.name)
+        self._qmp = None
+
+    @staticmethod
+    def guard_arguments(socket, control, policy):
+        """The feature's flags."""
+        return ["-chardev", f"socket,id=guard,path={socket},reconnect-ms=100",
+                "-chardev",
+                f"socket,id=guardctl,path={control},reconnect-ms=100",
+                "-object",
+                f"vm-guard,id=guard0,chardev=guardctl,on-violation={policy}",
+                "-device", "vhost-user-guard-pci,chardev=guard,guard=guard0"]
+
+    @property
+    def console(self):
+        """The guest's serial line, a Stream."""
+        return self.process.stdout
+
+    @property
+    def log(self):
+        """QEMU's standard error, a Stream."""
+        return self.process.stderr
+
+    @property
+    def qmp(self):
+        """The monitor, connected at first use."""
+        if self._qmp is None:
+            self._qmp = monitor.Qmp(
+                self.host.connect(self._qmp_path, f"{self.name}-qmp"),
+                self.host.patience)
+        return self._qmp
+
+    def type(self, text):
+        """Bytes on the guest's serial line."""
+        self.process.send(text.encode())
+
+    def ask(self, text, answer, deadline=60):
+        """Type, then wait for the answer on the console."""
+        self.type(text)
+        return self.expect(answer, deadline)
+
+    def expect(self, pattern, deadline=60):
+        """Wait for a line of the guest. If QEMU ended, say how."""
+        try:
+            return self.console.expect(pattern, deadline * self.host.patience)
+        except Ended as err:
+            status = self.process.wait(10)
+            raise Ended(f"{self.name} ended with status {status}; stderr:\n"
+                        f"{self.log.tail()}\n{err}") from None
+
+    def wait(self, deadline=60):
+        """Wait for QEMU's end; returns its exit status."""
+        return self.process.wait(deadline * self.host.patience)
+
+    def status(self):
+        """The VM's run state."""
+        return self.qmp.command("query-status")["status"]
+
+    def wait_status(self, wanted, event=None, deadline=60):
+        """Wait until the VM is in a state: for the event that tells it."""
+        if event and self.status() != wanted:
+            self.qmp.event(event, deadline)
+        status = self.status()
+        if status != wanted:
+            raise Timeout(f"{self.name} is {status}, not {wanted}")
+
+    def alive(self):
+        """Does QEMU run?"""
+        return self.process.poll() is None
+
+    def quit(self):
+        """Ask QEMU to end."""
+        try:
+            self.qmp.command("quit")
+        except Ended:
+            pass
+        return self.wait(20)
+
+
+def bare_metal_arguments(host, test, policy, accel, words=()):
+    """QEMU's arguments for one test of the bare-metal guest."""
+    append = " ".join([f"test={test}", f"policy={policy}", f"accel={accel}",
+                       f"timeout={int(60 * host.patience)}", *words])
+    return ["-device", "isa-debug-exit,iobase=0xf4,iosize=1",
+            "-kernel", host.put(GUEST_ELF), "-append", append]
+
+
+def linux_arguments(host, kernel, words):
+    """QEMU's arguments for the Linux guest; `words` for its command line."""
+    guest = linux_guest(kernel)
+    return ["-kernel", host.put(guest.vmlinuz),
+            "-initrd", host.put(guest.initramfs),
+            "-append", "console=ttyS0 quiet panic=-1 " + " ".join(words)]
+
+
+def linux_results(text):
+    """(ok, not ok, skipped) names among a Linux guest's console lines."""
+    return tuple(re.findall(rf"^guard-test: {kind} - (.*?)\r?$", text, re.M)
+                 for kind in ("ok", "not ok", "skip"))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A stock Debian kernel with the driver, and the attacks on it.
+
+tests/linux/init runs the scenarios inside the guest and says how they went;
+a VM here runs several of them, because booting is what takes the time.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+# pylint: disable=wrong-import-position
+from harness.case import GuardTest  # noqa: E402
+from harness.machine import linux_results  # noqa: E402
+
+
+class Linux(GuardTest):
+    """
+    :avocado: disable
+    """
+
+    kernel = "6.12-cloud"
+
+    def scenario(self, name, *words, reboot=False, deadline=120, **options):
+        """Run one; every line of the guest must be an ok."""
+        companion = self.companion()
+        vm = self.linux([f"guard.run={name}", *words], companion,
+                        kernel=self.kernel, reboot=reboot, **options)
+        vm.expect(r"^guard-test: (passed|FAILED)", deadline)
+        good, bad, skipped = linux_results(vm.console.text())
+        self.log.info("ok: %s; skipped: %s", good, skipped)
+        self.assertFalse(bad, f"not ok: {bad}")
+        self.assertIn("guard-test: passed", vm.console.text())
+        self.assertTrue(good, "the guest checked nothing")
+        self.assertNotIn("Kernel panic", vm.console.text())
+        vm.wait()
+        self.assertTrue(companion.alive(), "the companion is gone")
+
+    def test_attacks_work_without_the_driver(self):
+        """The control experiment: the attacks can tell."""
+        self.scenario("attack-control")
+
+    def test_attacks_are_refused(self):
+        self.scenario("attack")
+
+    def test_finds_what_the_kernel_says(self):
+        self.scenario("find")
+
+    def test_reload(self):
+        """Neither rmmod nor unbind loosens anything."""
+        self.scenario("reload")
+
+    def test_ioctl(self):
+        self.scenario("ioctl")
+
+    def test_reboot(self):
+        """Locks end with the reboot; the guest locks again."""
+        self.scenario("reboot", reboot=True, deadline=180)
+
+    def test_work(self):
+        """A locked kernel goes on working with no violation."""
+        self.scenario("work", smp=2, deadline=180)
+
+
+class Linux612(Linux):
+    """
+    :avocado: tags=tcg,lab
+    """
+
+
+class Linux61(Linux):
+    """
+    :avocado: tags=tcg
+    """
+
+    kernel = "6.1-cloud"
+
+
+class LinuxCompanion(GuardTest):
+    """The companion under a running kernel.
+
+    :avocado: tags=tcg,lab
+    """
+
+    def test_kernel_outlives_the_companion(self):
+        companion = self.companion()
+        vm = self.linux(["guard.run=wait"], companion)
+        vm.expect(r"^guard-test: ready", 120)
+        companion.kill()
+        vm.ask("attack\n", r"^guard-test: ready")
+        companion.start()
+        vm.ask("attack\n", r"^guard-test: ready")
+        vm.ask("work\n", r"^guard-test: ready")
+        vm.ask("lock\n", r"^guard-test: ready")
+        good, bad, _ = linux_results(vm.console.text())
+        self.assertFalse(bad)
+        self.assertIn("locked again", good)
+        vm.type("quit\n")
+        vm.wait()
