@@ -80,6 +80,14 @@ impl Companion {
         });
     }
 
+    /// Names of what lies in its directory.
+    pub fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.dir.path()).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
     pub fn pid(&self) -> i32 {
         self.child.id() as i32
     }

@@ -6,7 +6,7 @@
 //! No double waits for a time: each waits for what it expects, and panics at a deadline.
 
 // Each test program uses a part of this.
-#![allow(dead_code, unreachable_pub, missing_docs)]
+#![allow(dead_code, unused_imports, unreachable_pub, missing_docs)]
 
 pub mod companion;
 pub mod front_end;
