@@ -24,7 +24,7 @@ Example:
     -chardev socket,id=guard,path=/run/vm1/guard.sock,reconnect-ms=1000 \\
     -chardev socket,id=guardctl,path=/run/vm1/guard.sock.ctl,reconnect-ms=1000 \\
     -object vm-guard,id=vmguard0,chardev=guardctl \\
-    -device vhost-user-guard-pci,chardev=guard
+    -device vhost-user-guard-pci,chardev=guard,guard=vmguard0
 
 Both sockets are made with mode 0600: run QEMU as the same user. SIGTERM or SIGINT ends the \
 process at once and removes them. The log goes to standard error.

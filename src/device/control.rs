@@ -123,8 +123,7 @@ impl Requests {
         }
     }
 
-    /// How the request that [`Requests::next`] names has ended. Returns what is in force now
-    /// because of it.
+    /// How the request that [`Requests::next`] named has ended.
     pub(super) fn finish(&mut self, outcome: Outcome) {
         if let Some(request) = self.pending.front_mut() {
             request.answer(response_of(outcome));
@@ -166,5 +165,128 @@ fn response_of(outcome: Outcome) -> Result<u64, Refusal> {
             errno: Errno::from_number(status).unwrap_or(Errno::Eio),
             index: outcome.index,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+    use super::*;
+    use crate::protect::Deny;
+
+    const AVAIL: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+    const REQUEST: u64 = 0x3000;
+    const RESPONSE: u64 = 0x4000;
+    const LIMITS: Limits = Limits {
+        deny: Deny::NOWRITE,
+        max_request_ranges: 4096,
+    };
+
+    /// A guest that makes one chain available again and again: a LOCK of one page.
+    struct Guest {
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        queue: Queue,
+    }
+
+    impl Guest {
+        fn new(attributes: u64) -> Self {
+            let ram = [(GuestAddress(0), 0x10000)];
+            let memory = GuestMemoryAtomic::new(GuestMemoryMmap::from_ranges(&ram).unwrap());
+            let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+            queue.try_set_desc_table_address(GuestAddress(0)).unwrap();
+            queue
+                .try_set_avail_ring_address(GuestAddress(AVAIL))
+                .unwrap();
+            queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+            queue.set_ready(true);
+            let guest = Self { memory, queue };
+            guest.write(0, [REQUEST, 32 | (1 << 32) | (1 << 48)]);
+            guest.write(16, [RESPONSE, 16 | (2 << 32)]);
+            guest.write(REQUEST, [1 | (1 << 32), 7, 7, attributes]);
+            guest
+        }
+
+        fn write<const N: usize>(&self, at: u64, words: [u64; N]) {
+            for (i, word) in (0..).zip(words) {
+                self.memory
+                    .memory()
+                    .write_obj(word, GuestAddress(at + 8 * i))
+                    .unwrap();
+            }
+        }
+
+        fn set_avail_idx(&self, idx: u16) {
+            self.memory
+                .memory()
+                .write_obj(idx, GuestAddress(AVAIL + 2))
+                .unwrap();
+        }
+
+        fn used_idx(&self) -> u16 {
+            self.memory
+                .memory()
+                .read_obj(GuestAddress(USED + 2))
+                .unwrap()
+        }
+
+        fn serve(&mut self, requests: &mut Requests) -> Result<Left, Fault> {
+            let memory = self.memory.memory();
+            requests.serve(&mut Turn::new(&mut self.queue, &memory), LIMITS)
+        }
+    }
+
+    #[test]
+    fn no_more_requests_are_held_than_the_queue_has_entries() {
+        let mut guest = Guest::new(1);
+        let mut requests = Requests::default();
+        guest.set_avail_idx(QUEUE_SIZE);
+        assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));
+        assert_eq!(guest.queue.next_avail(), QUEUE_SIZE);
+
+        guest.set_avail_idx(2 * QUEUE_SIZE);
+        assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));
+        assert_eq!(
+            guest.queue.next_avail(),
+            QUEUE_SIZE,
+            "the ring keeps the rest"
+        );
+
+        let done = Outcome {
+            status: 0,
+            index: None,
+            generation: 1,
+            ranges_in_force: 1,
+        };
+        requests.finish(done);
+        assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));
+        assert_eq!(
+            (guest.used_idx(), guest.queue.next_avail()),
+            (1, QUEUE_SIZE + 1)
+        );
+        assert_eq!(requests.give_up(), Some(1));
+    }
+
+    #[test]
+    fn others_get_their_turn_after_as_many_chains_as_the_queue_has_entries() {
+        let mut guest = Guest::new(0);
+        let mut requests = Requests::default();
+        guest.set_avail_idx(QUEUE_SIZE);
+        // Answered at once, so the ring never fills.
+        assert_eq!(guest.serve(&mut requests), Ok(Left::Chains));
+        assert_eq!(guest.used_idx(), QUEUE_SIZE);
+        assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));
+        assert_eq!(requests.give_up(), None);
+    }
+
+    #[test]
+    fn a_guest_that_takes_an_available_index_back_does_not_make_it_spin() {
+        let mut guest = Guest::new(0);
+        let mut requests = Requests::default();
+        guest.queue.set_next_avail(5);
+        guest.set_avail_idx(4);
+        assert_eq!(guest.serve(&mut requests), Err(Fault::Index));
     }
 }

@@ -90,12 +90,7 @@ impl Ring {
         }
         let memory = memory.memory();
         let queue = vring.get_queue_mut();
-        let mut turn = Turn {
-            queue,
-            memory: &memory,
-            budget: QUEUE_SIZE,
-            gave_back: false,
-        };
+        let mut turn = Turn::new(queue, &memory);
         let outcome = if self.fresh && !turn.queue.is_valid(&*memory) {
             Err(Fault::Outside)
         } else {
@@ -153,7 +148,16 @@ impl Ring {
     }
 }
 
-impl Turn<'_> {
+impl<'a> Turn<'a> {
+    pub(super) fn new(queue: &'a mut Queue, memory: &'a Memory) -> Self {
+        Self {
+            queue,
+            memory,
+            budget: QUEUE_SIZE,
+            gave_back: false,
+        }
+    }
+
     /// Pops chains and hands each to `take`, until `take` wants no more, none is left, or it is
     /// somebody else's turn. `take` returns whether it wants another.
     ///

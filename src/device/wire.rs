@@ -253,3 +253,127 @@ impl Config {
 fn put(bytes: &mut [u8], at: usize, field: &[u8]) {
     bytes[at..at + field.len()].copy_from_slice(field);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        deny: Deny::NOWRITE,
+        max_request_ranges: 100,
+    };
+
+    fn request(header: [u8; 8], entries: &[[u64; 3]]) -> Vec<u8> {
+        let words = entries
+            .as_flattened()
+            .iter()
+            .flat_map(|word| word.to_le_bytes());
+        header.into_iter().chain(words).collect()
+    }
+
+    /// The table of the specification, said once more: entry by entry, check by check.
+    fn expected(entries: &[[u64; 3]]) -> Result<(), Refusal> {
+        const TOP: u64 = (1 << 52) - 1;
+        for (&[start, end, attributes], index) in entries.iter().zip(0..) {
+            let errno = if start > TOP || end > TOP || start > end {
+                Errno::Einval
+            } else if attributes == 0 || attributes > 15 {
+                Errno::Einval
+            } else if attributes != 1 {
+                Errno::Eopnotsupp
+            } else {
+                continue;
+            };
+            return Err(Refusal {
+                errno,
+                index: Some(index),
+            });
+        }
+        Ok(())
+    }
+
+    fn frame() -> impl Strategy<Value = u64> {
+        prop_oneof![8 => 0u64..100, 1 => (1u64 << 52) - 2..(1 << 52) + 1, 1 => any::<u64>()]
+    }
+
+    fn attributes() -> impl Strategy<Value = u64> {
+        prop_oneof![20 => Just(1), 1 => 0u64..20, 1 => any::<u64>()]
+    }
+
+    proptest! {
+        #[test]
+        fn entries_are_refused_as_the_specification_says(
+            entries in prop::collection::vec(
+                (frame(), 0u64..50, attributes()).prop_map(|(s, n, a)| [s, s.wrapping_add(n), a]),
+                1..20,
+            ),
+        ) {
+            let header = [1, 0, 0, 0, entries.len() as u8, 0, 0, 0];
+            let bytes = request(header, &entries);
+            let parsed = parse_request(&bytes, bytes.len() as u64, LIMITS);
+            match expected(&entries) {
+                Err(refusal) => prop_assert_eq!(parsed, Err(refusal)),
+                Ok(()) => {
+                    let read: Vec<_> = parsed
+                        .unwrap()
+                        .iter()
+                        .map(|p| [p.range.start().number(), p.range.end().number(), p.attributes.deny.bits()])
+                        .collect();
+                    prop_assert_eq!(read, entries);
+                }
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_the_parser_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            start in prop::option::of(0u8..8),
+            more in prop_oneof![3 => Just(0u64), 1 => any::<u32>().prop_map(u64::from)],
+        ) {
+            let mut bytes = bytes;
+            if let (Some(count), true) = (start, bytes.len() >= 8) {
+                bytes[..8].copy_from_slice(&[1, 0, 0, 0, count, 0, 0, 0]);
+            }
+            let total = bytes.len() as u64 + more;
+            let parsed = parse_request(&bytes, total, LIMITS);
+            prop_assert!(parsed.is_err() || more == 0);
+        }
+
+        #[test]
+        fn any_part_of_the_configuration_space_has_the_size_asked_for(
+            offset in prop_oneof![0u32..100, any::<u32>()],
+            size in 0u32..300,
+        ) {
+            let read = Config::default().read(offset, size);
+            prop_assert_eq!(read.len(), size as usize);
+        }
+    }
+
+    #[test]
+    fn each_errno_is_found_by_its_number() {
+        for number in [5, 7, 14, 16, 22, 28, 95, 116] {
+            assert_eq!(Errno::from_number(number).map(|e| e as u32), Some(number));
+        }
+        assert_eq!(Errno::from_number(0), None);
+        assert_eq!(Errno::from_number(1), None);
+    }
+
+    #[test]
+    fn a_vm_that_takes_fewer_ranges_at_once_lowers_the_limit() {
+        let limits = Limits {
+            max_request_ranges: 1,
+            ..LIMITS
+        };
+        let bytes = request([1, 0, 0, 0, 2, 0, 0, 0], &[[1, 1, 1]; 2]);
+        let refusal = parse_request(&bytes, bytes.len() as u64, limits).unwrap_err();
+        assert_eq!(
+            refusal,
+            Refusal {
+                errno: Errno::E2big,
+                index: None
+            }
+        );
+    }
+}

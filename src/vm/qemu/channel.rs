@@ -46,7 +46,7 @@ pub struct ChannelError {
 /// Why one connection was closed.
 #[derive(Debug, thiserror::Error)]
 enum Closed {
-    #[error("QEMU closed it")]
+    #[error("QEMU has closed it")]
     ByPeer,
     #[error("it broke")]
     Io(#[source] io::Error),
@@ -296,6 +296,16 @@ impl<'a> Server<'a> {
     }
 }
 
+impl From<io::Error> for Closed {
+    fn from(e: io::Error) -> Self {
+        match e.kind() {
+            // A QEMU that ends without having read everything.
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Self::ByPeer,
+            _ => Self::Io(e),
+        }
+    }
+}
+
 impl Connection {
     /// Takes what has arrived, at most [`READ_SIZE`] bytes so that a talkative peer cannot keep
     /// the thread; the rest makes the socket readable again. Returns whether there was anything.
@@ -305,7 +315,7 @@ impl Connection {
             Ok(0) => return Err(Closed::ByPeer),
             Ok(n) => n,
             Err(e) if is_transient(&e) => return Ok(false),
-            Err(e) => return Err(Closed::Io(e)),
+            Err(e) => return Err(e.into()),
         };
         self.input.extend_from_slice(&chunk[..n]);
         let mut input = self.input.as_slice();
@@ -335,7 +345,7 @@ impl Connection {
                 Ok(n) => drop(self.output.drain(..n)),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Closed::Io(e)),
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(())
