@@ -19,12 +19,12 @@ use clap::{ArgGroup, Parser, ValueEnum};
     version,
     after_help = "\
 Example:
-  vhost-guard --socket-path /run/vm1/guard.sock &
+  vhost-guard --socket-path /run/vm1/guard &
   qemu-system-x86_64 ... \\
-    -chardev socket,id=guard,path=/run/vm1/guard.sock,reconnect-ms=1000 \\
-    -chardev socket,id=guardctl,path=/run/vm1/guard.sock.ctl,reconnect-ms=1000 \\
-    -object vm-guard,id=vmguard0,chardev=guardctl \\
-    -device vhost-user-guard-pci,chardev=guard,guard=vmguard0
+    -chardev socket,id=guard,path=/run/vm1/guard,reconnect-ms=1000 \\
+    -chardev socket,id=guardctl,path=/run/vm1/guard.ctl,reconnect-ms=1000 \\
+    -object vm-guard,id=guard0,chardev=guardctl \\
+    -device vhost-user-guard-pci,chardev=guard,guard=guard0
 
 Both sockets are made with mode 0600: run QEMU as the same user. SIGTERM or SIGINT ends the \
 process at once and removes them. The log goes to standard error.

@@ -277,9 +277,8 @@ mod tests {
     fn expected(entries: &[[u64; 3]]) -> Result<(), Refusal> {
         const TOP: u64 = (1 << 52) - 1;
         for (&[start, end, attributes], index) in entries.iter().zip(0..) {
-            let errno = if start > TOP || end > TOP || start > end {
-                Errno::Einval
-            } else if attributes == 0 || attributes > 15 {
+            let no_range = start > TOP || end > TOP || start > end;
+            let errno = if no_range || attributes == 0 || attributes > 15 {
                 Errno::Einval
             } else if attributes != 1 {
                 Errno::Eopnotsupp
