@@ -10,7 +10,7 @@
 struct guard guard;
 u64 reply_ns;
 static bool fake;
-static struct config fake_config = { 1, 4096, NOWRITE, MAX_REQ, 1u << 20, 1, 0, 0, 0, 0, 0 };
+static struct config fake_config = { 1, 4096, NOWRITE, MAX_REQ, 8192, 1, 0, 0, 0, 0, 0 };
 static struct request *request;
 static struct response *response;
 static struct event *event_page;
@@ -39,7 +39,7 @@ void guard_start(u64 features, bool events, void *control_used, void *events_use
 void guard_open(void)
 {
 	fake = opt_num("fake", 0);
-	reply_ns = opt_num("timeout", 60) * 1000000000ull;
+	reply_ns = opt_num("timeout", 20) * 1000000000ull;
 	response = alloc_page();
 	event_page = alloc_page();
 	if (fake) {

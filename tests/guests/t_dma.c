@@ -194,7 +194,7 @@ void t_lock_busy(void)
 	volatile u8 *status;
 	struct sg sg[3];
 	struct response r;
-	u32 head, len, tries = 0;
+	u32 head, len;
 
 	guard_open();
 	if (!vdev_find(&v, 2, 0))
@@ -230,9 +230,8 @@ void t_lock_busy(void)
 	check(vq_wait(&q, &head, &len, 30000000000ull) && *status == 0, "the disk's read did not end well: %u", *status);
 	check(!intact(page, 24), "the read that was under way did not land");
 	fill(page, 24);
-	do {
-		r = guard_lock(page, 1);
-	} while (r.status == EBUSY && ++tries < 1000);
+	for (u64 t = now_ns(); (r = guard_lock(page, 1)).status == EBUSY && now_ns() - t < 5000000000ull; )
+		wait_ns(10000000);
 	check(!r.status, "status %u after the read has ended", r.status);
 	still_locked("after the read", page, 24);
 	*status = 0xff;
@@ -261,7 +260,9 @@ void t_lock_ring(void)
 	if (r.status == EBUSY) {
 		rng_works("after EBUSY", buffer);
 		vdev_reset(&rng);
-		r = guard_lock(ring, 1);
+		/* QEMU lets go of a mapping a little later (RCU). */
+		for (u64 t = now_ns(); (r = guard_lock(ring, 1)).status == EBUSY && now_ns() - t < 5000000000ull; )
+			wait_ns(10000000);
 		check(!r.status, "status %u when the ring is no longer in use", r.status);
 	}
 	memcpy(copy, ring, PAGE);

@@ -250,18 +250,18 @@ static void prepare(u8 *base, u32 n)
 
 static void spot_check(u8 *base, u32 i, bool locked)
 {
-	u64 *word = (u64 *)(base + 2 * i * PAGE + 0x100);
+	u64 *word = (u64 *)(base + 2 * i * PAGE + 0x100), old = *word;
 
 	trap_of(0)->count = 0;
 	op_mov64(word, SPOIL, NULL);
 	if (locked) {
 		check_trap("a store to one of many locked pages", (u64)word, (u64)word, 0);
-		check(*(volatile u64 *)word == i, "locked page %u has changed", i);
+		check(*(volatile u64 *)word == old && old == i, "locked page %u has changed", i);
 		writable("between two of many", base + (2 * i + 1) * PAGE);
 	} else {
 		check(!trap_of(0)->count, "page %u is not locked, and yet exception %lu", i, trap_of(0)->vector);
 		check(*(volatile u64 *)word == SPOIL, "page %u is not locked, and yet the store did not land", i);
-		*(volatile u64 *)word = i;
+		*(volatile u64 *)word = old;
 	}
 }
 
