@@ -12,7 +12,7 @@ import sys
 
 from . import qmp as monitor
 from .host import REPO, lab
-from .stream import Ended, Timeout
+from .stream import Ended
 
 sys.path.insert(0, str(REPO / "tests" / "linux"))
 import kernels  # noqa: E402  pylint: disable=wrong-import-position
@@ -130,6 +130,10 @@ class Vm:
                 self.host.patience)
         return self._qmp
 
+    def connect(self):
+        """Connect the monitor now, so that no event is missed."""
+        return self.qmp
+
     def type(self, text):
         """Bytes on the guest's serial line."""
         self.process.send(text.encode())
@@ -155,14 +159,6 @@ class Vm:
     def status(self):
         """The VM's run state."""
         return self.qmp.command("query-status")["status"]
-
-    def wait_status(self, wanted, event=None, deadline=60):
-        """Wait until the VM is in a state: for the event that tells it."""
-        if event and self.status() != wanted:
-            self.qmp.event(event, deadline)
-        status = self.status()
-        if status != wanted:
-            raise Timeout(f"{self.name} is {status}, not {wanted}")
 
     def alive(self):
         """Does QEMU run?"""

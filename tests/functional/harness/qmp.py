@@ -66,18 +66,25 @@ class Qmp:
         """A command of the human monitor; returns its output."""
         return self.command("human-monitor-command", command_line=line)
 
-    def event(self, name, deadline=30, since=0):
-        """Wait for an event; takes it out of `events`."""
+    def has_event(self, name, wait=0.2):
+        """Is there such an event? Gives it a moment to come."""
+        with self._lock:
+            return bool(self._lock.wait_for(
+                lambda: any(e["event"] == name for e in self.events), wait))
+
+    def event(self, *names, deadline=30):
+        """Wait for the first of some events, take it out of `events` and
+        return its name."""
         end = time.monotonic() + deadline * self._patience
         with self._lock:
             while True:
-                for event in self.events[since:]:
-                    if event["event"] == name:
+                for event in self.events:
+                    if event["event"] in names:
                         self.events.remove(event)
-                        return event
+                        return event["event"]
                 left = end - time.monotonic()
                 if left <= 0 or self._ended:
-                    raise Timeout(f"no QMP event {name}; seen: "
+                    raise Timeout(f"no QMP event {' or '.join(names)}; seen: "
                                   f"{[e['event'] for e in self.events]}")
                 self._lock.wait(left)
 
