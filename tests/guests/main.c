@@ -113,8 +113,8 @@ void t_machine(void)
 	*(u64 *)(va + PAGE - 8) = 0;
 	t->count = 0;
 	op_mov64(va + PAGE - 4, SPOIL, NULL);
-	check(t->count == 1 && (accel == ACCEL_KVM || *(volatile u64 *)(va + PAGE - 8) == 0), "a store over the edge: %lu exceptions, 0x%lx landed",
-	      t->count, *(volatile u64 *)(va + PAGE - 8));
+	check(t->count == 1 && (accel == ACCEL_KVM || *(volatile u64 *)(va + PAGE - 8) == 0),
+	      "a store over the edge: %lu exceptions, 0x%lx landed", t->count, *(volatile u64 *)(va + PAGE - 8));
 	check(t->cr2 == (u64)va + PAGE, "a store over the edge at 0x%lx: CR2 0x%lx", (u64)va + PAGE - 4, t->cr2);
 	t->count = 0;
 	op_mov64((void *)0x8000000000000000ul, 1, NULL);

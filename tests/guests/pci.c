@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
-/* PCI configuration by ports 0xcf8/0xcfc.  Firmware may not have placed BARs (qboot does not): then they are sized and placed here. */
+/* PCI configuration by ports 0xcf8/0xcfc.  Firmware may not have placed BARs (qboot does not): then it is done here. */
 #include "guest.h"
 
 static u32 mmio_next = 0xe8000000, io_next = 0xc000;

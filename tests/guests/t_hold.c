@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * hold: a guest that does what the harness says on the serial line, one byte a command, so that it can kill the companion, stop the
- * VM or reset it in between.  bench: what a lock request and a refused store cost.
+ * hold: a guest that does what the harness says on the serial line, one byte a command, so that the harness can kill the
+ * companion, stop the VM or reset it in between.  bench: what a lock request and a refused store cost.
  */
 #include "guest.h"
 
