@@ -53,6 +53,10 @@ class Linux(GuardTest):
     def test_ioctl(self):
         self.scenario("ioctl")
 
+    def test_suspend(self):
+        """Locks hold through suspend to RAM."""
+        self.scenario("suspend")
+
     def test_reboot(self):
         """Locks end with the reboot; the guest locks again."""
         self.scenario("reboot", reboot=True, deadline=180)
