@@ -118,8 +118,10 @@ fn serve_one(device: &Arc<Device>, listener: &mut Listener) -> Result<(), Connec
         daemon.wait()
     });
     backend.closing();
-    drop(daemon);
-    if backend.worker_died() {
+    let worker_died = backend.worker_died();
+    // Only now is the device rid of this connection, and may say so.
+    drop((daemon, backend));
+    if worker_died {
         log_limited!(
             CONNECTIONS,
             Error,

@@ -6,7 +6,7 @@ mod cli;
 
 use std::convert::Infallible;
 use std::error::Error;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 use std::process::{self, ExitCode};
@@ -50,8 +50,10 @@ fn main() -> ExitCode {
     let (front_end, control) = match cli.endpoints() {
         Ok(Some(endpoints)) => endpoints,
         Ok(None) => {
-            println!("{CAPABILITIES}");
-            return ExitCode::SUCCESS;
+            return match writeln!(io::stdout(), "{CAPABILITIES}") {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
         }
         Err(e) => Cli::command()
             .error(clap::error::ErrorKind::MissingRequiredArgument, e)
@@ -59,13 +61,14 @@ fn main() -> ExitCode {
     };
     start_log(cli.log_level.into());
     let Err(error) = run(&front_end, &control);
-    eprint!("vhost-guard: error: {error}");
+    let mut line = format!("vhost-guard: error: {error}");
     let mut source = error.source();
     while let Some(cause) = source {
-        eprint!(": {cause}");
+        line.push_str(&format!(": {cause}"));
         source = cause.source();
     }
-    eprintln!();
+    // If nobody listens there is nobody to tell.
+    let _ = writeln!(io::stderr(), "{line}");
     ExitCode::FAILURE
 }
 

@@ -251,8 +251,16 @@ fn nothing_is_sent_before_state() {
     let head = s.guest.lock(&[(1, 1, NOWRITE)]);
     s.front_end.kick(0);
     s.vm_guard = VmGuard::connect_silently(&s.companion);
-    s.vm_guard.send(HELLO, 0, &hello_payload(NOWRITE, 1));
-    // RESULT of a request that was never sent would close the connection; so would PROTECT here.
+    s.vm_guard.send(HELLO, 0, &hello_payload(3, 1));
+    wait_for("HELLO", || {
+        (s.front_end.config().deny_bits() == 3).then_some(())
+    });
+    // Another request, so that the queue is looked at: avail_event tells when that is done.
+    s.guest.lock(&[(3, 3, NOWRITE)]);
+    s.front_end.kick(0);
+    wait_for("both requests to be taken", || {
+        (s.guest.avail_event(0) == 2).then_some(())
+    });
     s.front_end.config();
     s.vm_guard.assert_silent();
     s.vm_guard.send(STATE, 0, &state_payload(1, &[]));

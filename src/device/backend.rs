@@ -32,7 +32,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::wire::{self, QUEUE_SIZE};
 use super::{CONTROL, Device, EVENTS};
 use crate::fd;
+use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::Deny;
+
+static REFUSED: LogLimit = LogLimit::new(5);
 
 /// Queues of the device: control and events.
 pub const NUM_QUEUES: usize = 2;
@@ -167,7 +170,11 @@ impl VhostUserBackend for Backend {
             .iter()
             .try_for_each(check_backing)
             .inspect_err(|e| {
-                error!("guest memory refused, closing the connection: {e}");
+                log_limited!(
+                    REFUSED,
+                    Error,
+                    "vhost-user: guest memory refused, connection closed: {e}"
+                );
             })
     }
 

@@ -5,7 +5,7 @@
 //! A guest that changes descriptors or bytes meanwhile therefore only lies to itself. Knows guest
 //! memory and virtio's rules, and nothing of what a request means.
 
-use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap};
 
 use super::wire::{Errno, MAX_DESCRIPTORS, MAX_REQUEST_SIZE, REQUEST_HEADER_SIZE};
@@ -41,7 +41,7 @@ impl Chain {
     /// readable descriptor follows a writable one, or the chain loops or breaks off.
     pub(super) fn walk(
         memory: &Memory,
-        chain: DescriptorChain<Memory>,
+        chain: impl Iterator<Item = Descriptor>,
         answer_size: usize,
     ) -> Result<Self, Malformed> {
         let mut readable = Ok(Vec::new());

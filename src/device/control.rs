@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use super::chain::{Answer, Chain};
+use super::chain::Answer;
 use super::ring::{Fault, Left, Popped, Turn};
 use super::wire::{self, Errno, Limits, QUEUE_SIZE, RESPONSE_SIZE, Refusal};
 use crate::protect::Protection;
@@ -66,13 +66,13 @@ impl Requests {
         self.pending.len() >= usize::from(QUEUE_SIZE)
     }
 
-    fn take(&mut self, turn: &Turn<'_>, popped: Popped, limits: Limits) {
+    fn take(&mut self, turn: &mut Turn<'_>, popped: Popped, limits: Limits) {
         let Popped {
             position,
             head,
             chain,
         } = popped;
-        let state = match Chain::walk(turn.memory, chain, RESPONSE_SIZE) {
+        let state = match turn.walk(chain, RESPONSE_SIZE) {
             Err(_) => State::Malformed,
             Ok(chain) => {
                 let request = chain

@@ -82,7 +82,7 @@ impl Events {
             return Ok(Left::Nothing);
         }
         turn.drain(|turn, popped| {
-            let len = match Chain::walk(turn.memory, popped.chain, EVENT_SIZE) {
+            let len = match turn.walk(popped.chain, EVENT_SIZE) {
                 Ok(chain) => self.tell(turn, &chain),
                 Err(Malformed) => 0,
             };

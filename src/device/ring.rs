@@ -12,8 +12,8 @@ use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::chain::Memory;
-use super::wire::QUEUE_SIZE;
+use super::chain::{Chain, Malformed, Memory};
+use super::wire::{MAX_DESCRIPTORS, QUEUE_SIZE};
 use crate::log_limit::{LogLimit, log_limited};
 
 static BROKEN: LogLimit = LogLimit::new(5);
@@ -56,7 +56,7 @@ pub(super) struct Turn<'a> {
     queue: &'a mut Queue,
     pub(super) memory: &'a Memory,
     /// How many more chains may be popped before others get their turn.
-    budget: u16,
+    budget: usize,
     gave_back: bool,
 }
 
@@ -153,9 +153,23 @@ impl<'a> Turn<'a> {
         Self {
             queue,
             memory,
-            budget: QUEUE_SIZE,
+            budget: usize::from(QUEUE_SIZE),
             gave_back: false,
         }
+    }
+
+    /// Takes a chain apart. A long one uses up the turn faster, so that a guest with chains of
+    /// 65535 descriptors does not keep others waiting for longer than one of them takes.
+    pub(super) fn walk(
+        &mut self,
+        chain: DescriptorChain<Memory>,
+        answer_size: usize,
+    ) -> Result<Chain, Malformed> {
+        let mut descriptors = 0;
+        let counted = chain.inspect(|_| descriptors += 1);
+        let walked = Chain::walk(self.memory, counted, answer_size);
+        self.budget = self.budget.saturating_sub(descriptors / MAX_DESCRIPTORS);
+        walked
     }
 
     /// Pops chains and hands each to `take`, until `take` wants no more, none is left, or it is
@@ -175,7 +189,7 @@ impl<'a> Turn<'a> {
             let mut progress = false;
             while let Some(popped) = self.pop()? {
                 progress = true;
-                self.budget -= 1;
+                self.budget = self.budget.saturating_sub(1);
                 if !take(self, popped)? {
                     return Ok(Left::Nothing);
                 }

@@ -142,6 +142,11 @@ impl Guest {
             .unwrap();
     }
 
+    /// Which chain the device wants to be kicked for.
+    pub fn avail_event(&self, queue: usize) -> u16 {
+        self.read(self.used_at(queue) + 4 + 8 * u64::from(QUEUE_SIZE))
+    }
+
     pub fn used_idx(&self, queue: usize) -> u16 {
         self.memory
             .load(GuestAddress(self.used_at(queue) + 2), Ordering::Acquire)

@@ -174,6 +174,10 @@ impl Message {
     /// # Errors
     ///
     /// A field holds what the specification does not allow.
+    ///
+    /// # Panics
+    ///
+    /// `payload` has another length.
     pub fn decode(header: &Header, payload: &[u8]) -> Result<Self, WireError> {
         assert_eq!(
             payload.len(),
