@@ -718,12 +718,6 @@ static void guard_remove(struct virtio_device *vdev)
 	guard_put(guard);
 }
 
-/* Before kexec nothing of the device may write to memory any more. */
-static void guard_shutdown(struct device *dev)
-{
-	guard_stop(dev_to_virtio(dev)->priv);
-}
-
 #ifdef CONFIG_PM_SLEEP
 static int guard_freeze(struct virtio_device *vdev)
 {
@@ -791,7 +785,6 @@ static struct virtio_driver guard_driver = {
 	.driver.name = KBUILD_MODNAME,
 	.driver.owner = THIS_MODULE,
 	.driver.dev_groups = guard_groups,
-	.driver.shutdown = guard_shutdown,
 	.id_table = guard_id_table,
 	.feature_table = guard_features,
 	.feature_table_size = ARRAY_SIZE(guard_features),

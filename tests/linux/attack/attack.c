@@ -57,16 +57,19 @@ MODULE_PARM_DESC(keep, "leave a byte that could be changed as it is then");
 #define ATTACK_NO_FAULT		(-1)
 
 /*
- * One byte. The handler of EX_TYPE_FAULT leaves the vector in eax; a store that
- * faulted does not touch eax itself.
+ * One byte. The handler of EX_TYPE_FAULT leaves the vector in eax. A fault that
+ * the host injects on KVM comes after the store, not at it: it is caught at the
+ * nop behind.
  */
 static noinline int attack_store(u8 *at, u8 value)
 {
 	int vector = ATTACK_NO_FAULT;
 
 	asm volatile("1:	movb %[value], (%[at])\n"
-		     "2:\n"
-		     _ASM_EXTABLE_TYPE(1b, 2b, EX_TYPE_FAULT)
+		     "2:	nop\n"
+		     "3:\n"
+		     _ASM_EXTABLE_TYPE(1b, 3b, EX_TYPE_FAULT)
+		     _ASM_EXTABLE_TYPE(2b, 3b, EX_TYPE_FAULT)
 		     : "+a" (vector)
 		     : [value] "q" (value), [at] "r" (at)
 		     : "memory");
