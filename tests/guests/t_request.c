@@ -96,8 +96,8 @@ static void expect_sg(const char *name, const struct sg *sg, u32 n, u32 status, 
 
 	memset(answer, 0xee, sizeof(*answer));
 	used = guard_send_sg(sg, n);
-	verdict(name, used == 16 && answer->status == status && answer->index == index, used, answer->status,
-		answer->index);
+	verdict(name, used == 16 && answer->status == status && answer->index == index &&
+		answer->value == (status ? 0 : config.generation), used, answer->status, answer->index);
 }
 
 /* The readable part is the first `len` bytes of request_buffer(). */
@@ -267,6 +267,56 @@ static void entries(void)
 	request_buffer()->ranges[1].attr = 0;
 	request_buffer()->ranges[3].attr = 0;
 	expect("first-of-two-bad-entries", 8 + 4 * 24, EINVAL, 1);
+	/* Entry after entry, not check after check ... */
+	good_entries(4);
+	request_buffer()->ranges[1].attr = 2;
+	request_buffer()->ranges[3].attr = 0;
+	expect("noexec-then-no-attributes", 8 + 4 * 24, EOPNOTSUPP, 1);
+	/* ... and what the VM finds comes last. */
+	good_entries(4);
+	request_buffer()->ranges[0].start = request_buffer()->ranges[0].end = 0xfee00;
+	request_buffer()->ranges[2].attr = 2;
+	expect("not-ram-then-noexec", 8 + 4 * 24, EOPNOTSUPP, 2);
+}
+
+/* Bends the chain that starts at `d` between its being queued and the kick, and back before it is taken off the ring. */
+static void expect_bent(const char *name, u16 d, struct desc bent)
+{
+	struct vq *q = &guard.control;
+	struct desc good = q->desc[d];
+	u64 before = guard_config().malformed, t;
+	u32 head, len = ~0u;
+
+	q->desc[d] = bent;
+	vq_kick(q);
+	for (t = now_ns(); q->used->idx == q->last_used && now_ns() - t < 5000000000ull; )
+		relax();
+	q->desc[d] = good;
+	verdict(name, vq_pop(q, &head, &len) && len == 0 && guard_config().malformed == before + 1, len, 0, 0);
+}
+
+static void endless_chains(void)
+{
+	struct sg sg[2] = { { (u64)request_buffer(), 32, false }, { (u64)answer, 16, true } };
+	static struct desc table[2] __attribute__((aligned(16)));
+	struct desc d;
+	u16 head;
+
+	guard_start(F_VERSION_1 | F_NOWRITE | F_INDIRECT_DESC, true, NULL, NULL);
+	header(1, 0, 1);
+	good_entries(1);
+	head = vq_add(&guard.control, sg, 2);
+	d = guard.control.desc[head];
+	d.next = head;
+	expect_bent("chain-loops", head, d);
+	head = vq_add(&guard.control, sg, 2);
+	d = guard.control.desc[head];
+	d.next = 0x1000;
+	expect_bent("next-beyond-the-queue", head, d);
+	head = vq_add_indirect(&guard.control, table, sg, 2);
+	d = guard.control.desc[head];
+	d.addr = 1ull << 40;
+	expect_bent("indirect-table-outside-memory", head, d);
 }
 
 static void chains(void)
@@ -339,6 +389,7 @@ void t_errors(void)
 	expect("nowrite-not-negotiated", 8 + 24, EOPNOTSUPP, 0);
 	writable("nowrite not negotiated", (void *)(good_gfn * PAGE));
 
+	endless_chains();
 	chains();
 
 	/* An event buffer that is too short comes back empty, at the latest when there is an event. */
