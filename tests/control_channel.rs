@@ -226,6 +226,26 @@ fn a_request_under_way_when_the_channel_drops_is_sent_again() {
 }
 
 #[test]
+fn a_result_with_another_seq_than_that_under_way_closes_the_connection() {
+    let mut s = Setup::new();
+    let head = s.guest.lock(&[(1, 1, NOWRITE)]);
+    s.front_end.kick(0);
+    let protect = s.vm_guard.protect();
+    s.vm_guard.result(protect.seq + 1, 0, NO_INDEX);
+    s.companion.wait_for_log("RESULT with seq");
+    s.vm_guard.assert_closed();
+    assert_eq!(
+        s.guest.try_used(0),
+        None,
+        "answered with somebody else's result"
+    );
+    s.vm_guard = VmGuard::connect(&s.companion);
+    let protect = s.vm_guard.protect();
+    s.vm_guard.succeed(&protect);
+    assert_eq!(s.guest.response(head).status, 0);
+}
+
+#[test]
 fn requests_made_while_the_channel_is_down_wait_for_it() {
     let mut s = Setup::new();
     s.vm_guard.stream.shutdown(Shutdown::Both).unwrap();

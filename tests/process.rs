@@ -241,6 +241,7 @@ fn a_thousand_connections_leave_nothing_behind() {
 #[test]
 fn control_connections_leave_nothing_behind() {
     let companion = Companion::start();
+    let _front_end = FrontEnd::negotiate(&companion, !0);
     drop(VmGuard::connect_silently(&companion));
     let vm_guard = VmGuard::connect_silently(&companion);
     let before = companion.descriptors();

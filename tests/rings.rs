@@ -97,6 +97,11 @@ fn a_ring_that_stops_gives_unanswered_requests_back() {
         "written to after the answer to GET_VRING_BASE"
     );
     assert_eq!(
+        s.companion.log_lines("broken"),
+        0,
+        "a stopped ring was looked at"
+    );
+    assert_eq!(
         s.guest.read::<u32>(s.guest.response_at(second)),
         0xeeee_eeee
     );

@@ -91,6 +91,8 @@ struct FrontEnd {
     events: Option<Ring>,
     /// Feature bits that the driver negotiated.
     features: u64,
+    /// Somebody has connected; before that it is only waited for.
+    in_use: bool,
 }
 
 impl Device {
@@ -107,7 +109,7 @@ impl Device {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A vhost-user connection begins. `again` is written to when the vring worker is to look
+    /// A vhost-user connection is waited for. `again` is written to when the vring worker is to look
     /// at the rings without a kick.
     fn attach(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>, again: EventFd) {
         let front_end = FrontEnd {
@@ -116,6 +118,7 @@ impl Device {
             control: None,
             events: None,
             features: 0,
+            in_use: false,
         };
         self.lock().front_end = Some(front_end);
     }
@@ -134,11 +137,15 @@ impl Device {
         }
     }
 
-    /// The deny bits that this host enforces; waits up to `patience` for it to say so.
+    /// What the front end asks for first: the deny bits that this host enforces; waits up to `patience` for it to say so.
     fn deny_bits(&self, patience: Duration) -> Deny {
+        let mut state = self.lock();
+        if let Some(front_end) = &mut state.front_end {
+            front_end.in_use = true;
+        }
         let (state, _) = self
             .greeted
-            .wait_timeout_while(self.lock(), patience, |state| state.vm.is_none())
+            .wait_timeout_while(state, patience, |state| state.vm.is_none())
             .unwrap_or_else(PoisonError::into_inner);
         state.vm.map_or(Deny::empty(), |vm| vm.deny)
     }
@@ -301,14 +308,15 @@ impl State {
         self.orphan();
     }
 
-    /// With both connections gone it may be another VM that comes next.
+    /// With both connections gone it may be another VM that comes next, which is to see nothing of
+    /// this one.
     fn forget_unconnected(&mut self) {
-        if self.front_end.is_none() && self.link == Link::Down {
-            let last_seq = self.last_seq;
-            *self = Self {
-                last_seq,
-                ..Self::default()
-            };
+        let in_use = self.front_end.as_ref().is_some_and(|f| f.in_use);
+        if !in_use && self.link == Link::Down {
+            self.vm = None;
+            self.table = Table::default();
+            self.events = Events::default();
+            self.requests.malformed = 0;
         }
     }
 
