@@ -239,20 +239,6 @@ def fetch(wanted):
 
 # ----------------------------------------------------------------- modules
 
-def content_hash(*paths):
-    """Names and contents of all files below `paths`."""
-    digest = hashlib.sha256()
-    for path in paths:
-        files = [path] if path.is_file() else sorted(
-            file for file in path.rglob("*") if file.is_file())
-        for file in files:
-            name = str(file.relative_to(REPO)).encode()
-            data = file.read_bytes()
-            digest.update(struct.pack("<QQ", len(name), len(data)))
-            digest.update(name + data)
-    return digest.hexdigest()[:16]
-
-
 def is_source(path):
     """What a build reads, as against what one left lying around."""
     return path.name in ("Kbuild", "Makefile") or path.suffix in (".c", ".h")
