@@ -211,7 +211,7 @@ bool refused(const char *what, op_fn *op, void *va, u32 cpl, const void *page, u
 bool refused_by_all(const char *what, void *va, u32 cpl, const void *page, u64 seed);
 bool still_locked(const char *what, void *page, u64 seed);	/* the quick one: one store at CPL 0 */
 bool writable(const char *what, void *page);			/* a store lands, at CPL 0 */
-void check_trap(const char *what, u64 first, u64 last, u32 cpl);
+void check_trap(const char *what, u32 cpl);
 u64 attack_source(bool user);
 
 /* tests */

@@ -17,7 +17,7 @@ static void check_neighbours(u8 *page)
 }
 
 /* An 8-byte store over the edge: its unlocked half may or may not land on KVM, the locked half may not. */
-static void crossing(const char *what, u8 *va, u8 *half, u64 value, u32 cpl, u8 *locked, u64 seed, u64 fault_at)
+static void crossing(const char *what, u8 *va, u8 *half, u64 value, u32 cpl, u8 *locked, u64 seed)
 {
 	u64 old = *(u64 *)half;		/* the unlocked eight bytes next to the edge */
 
@@ -28,7 +28,7 @@ static void crossing(const char *what, u8 *va, u8 *half, u64 value, u32 cpl, u8 
 	else
 		op_mov64(va, value, NULL);
 	barrier();
-	check_trap(what, fault_at, fault_at, cpl);
+	check_trap(what, cpl);
 	check(intact(locked, seed), "%s at CPL %u changed the locked page", what, cpl);
 	if (accel == ACCEL_TCG && inject)
 		check(*(u64 *)half == old, "%s: half of a store that faulted has landed", what);
@@ -37,9 +37,8 @@ static void crossing(const char *what, u8 *va, u8 *half, u64 value, u32 cpl, u8 
 
 static void crossings(u8 *va, u32 cpl, u8 *page, u64 seed)
 {
-	crossing("a store that ends in the locked page", va - 4, page - 8, SPOIL, cpl, page, seed, (u64)va);
-	crossing("a store that begins in the locked page", va + PAGE - 4, page + PAGE, SPOIL, cpl, page, seed,
-		 (u64)va + PAGE - 4);
+	crossing("a store that ends in the locked page", va - 4, page - 8, SPOIL, cpl, page, seed);
+	crossing("a store that begins in the locked page", va + PAGE - 4, page + PAGE, SPOIL, cpl, page, seed);
 }
 
 void t_lock_cpl0(void)
@@ -211,7 +210,7 @@ void t_lock_unemulated(void)
 		run_user(cases[i].fn, va + cases[i].at, SPOIL, NULL);
 		if (accel == ACCEL_TCG)
 			/* fxsave stores field by field, the first one faults. */
-			check_trap(cases[i].name, (u64)va + cases[i].at, (u64)va + cases[i].at + 511, 3);
+			check_trap(cases[i].name, 3);
 		check(intact(page, 12), "%s changed the locked page", cases[i].name);
 	}
 	pass_or_fail(test_name);
@@ -255,7 +254,7 @@ static void spot_check(u8 *base, u32 i, bool locked)
 	trap_of(0)->count = 0;
 	op_mov64(word, SPOIL, NULL);
 	if (locked) {
-		check_trap("a store to one of many locked pages", (u64)word, (u64)word, 0);
+		check_trap("a store to one of many locked pages", 0);
 		check(*(volatile u64 *)word == old && old == i, "locked page %u has changed", i);
 		writable("between two of many", base + (2 * i + 1) * PAGE);
 	} else {
