@@ -94,6 +94,26 @@ fn of_several_started_at_once_exactly_one_wins() {
 }
 
 #[test]
+fn a_place_whose_lock_is_held_is_in_use_even_before_its_socket_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let lock = fs::File::create(dir.path().join("s.lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let output = Companion::command()
+        .arg("--socket-path")
+        .arg(&path)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("already in use")
+    );
+    assert!(dir.path().join("s.lock").exists(), "the holder's lock");
+}
+
+#[test]
 fn what_is_not_a_socket_is_never_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("precious");

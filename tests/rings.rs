@@ -352,3 +352,22 @@ fn a_guest_that_never_stops_asking_does_not_keep_the_ring_from_stopping() {
     });
     companion.assert_runs();
 }
+
+#[test]
+fn a_driver_that_kicks_only_when_it_is_asked_to_is_never_forgotten() {
+    let mut s = Setup::new();
+    let bytes = lock_request(&[(1, 1, 0)]);
+    for round in 0..1000u16 {
+        // The companion is busy finding out that there is nothing, just when something comes.
+        s.front_end.kick(0);
+        let old = s.guest.queues[0].avail;
+        assert_eq!(old, round);
+        let head = s.guest.request(&bytes);
+        // Virtio 1.2, 2.7.10: kick if avail_event is what has just been passed.
+        if s.guest.avail_event(0) == old {
+            s.front_end.kick(0);
+        }
+        assert_eq!(s.guest.response(head).status, EINVAL);
+    }
+    assert_eq!(s.companion.log_lines("broken"), 0, "{}", s.companion.log());
+}

@@ -29,7 +29,7 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::wire::{self, QUEUE_SIZE};
+use super::wire::{self, MAX_QUEUE_SIZE};
 use super::{CONTROL, Device, EVENTS};
 use crate::fd;
 use crate::log_limit::{LogLimit, log_limited};
@@ -122,7 +122,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn max_queue_size(&self) -> usize {
-        usize::from(QUEUE_SIZE)
+        usize::from(MAX_QUEUE_SIZE)
     }
 
     fn features(&self) -> u64 {

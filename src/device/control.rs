@@ -170,6 +170,8 @@ fn response_of(outcome: Outcome) -> Result<u64, Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use virtio_queue::{Queue, QueueT};
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -279,6 +281,34 @@ mod tests {
         assert_eq!(guest.used_idx(), QUEUE_SIZE);
         assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));
         assert_eq!(requests.give_up(), None);
+    }
+
+    #[test]
+    fn a_chain_that_comes_just_when_the_ring_was_found_empty_is_no_fault() {
+        const CHAINS: u16 = 20_000;
+        let mut guest = Guest::new(0);
+        let mut requests = Requests::default();
+        let memory = guest.memory.memory();
+        let load = |at| u16::from_le(memory.load(GuestAddress(at), Ordering::Acquire).unwrap());
+        let failed = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for idx in 1..=CHAINS {
+                    while idx.wrapping_sub(load(USED + 2)) > QUEUE_SIZE
+                        && !failed.load(Ordering::Relaxed)
+                    {
+                        std::hint::spin_loop();
+                    }
+                    memory
+                        .store(idx.to_le(), GuestAddress(AVAIL + 2), Ordering::Release)
+                        .unwrap();
+                }
+            });
+            while load(USED + 2) != CHAINS && !failed.load(Ordering::Relaxed) {
+                failed.store(guest.serve(&mut requests).is_err(), Ordering::Relaxed);
+            }
+        });
+        assert!(!failed.into_inner());
     }
 
     #[test]

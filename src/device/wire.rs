@@ -10,7 +10,9 @@ use crate::vm::enforcer::Violation;
 
 /// Virtio device ID: the end of the range that virtio-pci can express, left to experiments.
 pub const DEVICE_ID: u32 = 63;
-/// Entries of either queue.
+/// Most entries that a driver may give a queue. QEMU lets a guest choose up to this many, whatever the device asks for.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Chains that are served at once; more wait in the ring.
 pub const QUEUE_SIZE: u16 = 64;
 /// Most descriptors in a chain that is served.
 pub const MAX_DESCRIPTORS: usize = 256;
