@@ -43,8 +43,12 @@ impl Events {
             times: violation.times.max(1),
             ..violation
         };
-        self.violations += u64::from(violation.times);
-        self.dropped_by_owner = self.dropped_by_owner.max(violation.lost);
+        let lost = violation.lost.saturating_sub(self.dropped_by_owner);
+        self.violations = self
+            .violations
+            .saturating_add(u64::from(violation.times))
+            .saturating_add(lost);
+        self.dropped_by_owner += lost;
         let same = |e: &&mut Event| {
             let other = &e.violation;
             (other.gpa >> PAGE_SHIFT, other.access, other.source)
@@ -68,7 +72,7 @@ impl Events {
 
     /// Events that no driver will see.
     pub(super) fn lost(&self) -> u64 {
-        self.dropped + self.dropped_by_owner
+        self.dropped.saturating_add(self.dropped_by_owner)
     }
 
     /// Drops what waits, uncounted: it is of a life of the VM that has ended.

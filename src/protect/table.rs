@@ -5,9 +5,11 @@
 //! A copy of what the VM's owner enforces, kept as disjoint ranges; adjacent ranges with equal
 //! attributes are one range. Pure data: who enforces it, and who asked, is not known here.
 
+use std::ops::Range;
+
 use rangemap::RangeMap;
 
-use super::{Attributes, Gfn, GfnRange};
+use super::{Attributes, Deny, Gfn, GfnRange};
 
 /// A range of pages and what is to hold, or holds, on each of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +31,7 @@ impl Table {
     /// the table the attributes add up.
     pub fn add(&mut self, protection: &Protection) {
         let Protection { range, attributes } = *protection;
-        let span = range.start().number()..range.end().number() + 1;
+        let span = span_of(range);
         let held: Vec<_> = self
             .ranges
             .overlapping(&span)
@@ -44,6 +46,13 @@ impl Table {
     /// What holds on one page.
     pub fn get(&self, gfn: Gfn) -> Attributes {
         self.ranges.get(&gfn.number()).copied().unwrap_or_default()
+    }
+
+    /// Whether any of `deny` holds on any page of `range`.
+    pub fn denies(&self, range: GfnRange, deny: Deny) -> bool {
+        self.ranges
+            .overlapping(&span_of(range))
+            .any(|(_, attributes)| attributes.deny.intersects(deny))
     }
 
     /// How many disjoint ranges there are.
@@ -70,6 +79,11 @@ impl Table {
     }
 }
 
+/// Frame numbers as `rangemap` has them, with an exclusive end.
+fn span_of(range: GfnRange) -> Range<u64> {
+    range.start().number()..range.end().number() + 1
+}
+
 impl FromIterator<Protection> for Table {
     fn from_iter<I: IntoIterator<Item = Protection>>(protections: I) -> Self {
         let mut table = Self::default();
@@ -87,7 +101,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::protect::Deny;
 
     /// The same thing, one entry for each page.
     #[derive(Default)]
@@ -151,6 +164,20 @@ mod tests {
                 let held = model.0.get(&page).copied().unwrap_or_default();
                 prop_assert_eq!(table.get(Gfn::new(page).unwrap()), held);
             }
+        }
+
+        #[test]
+        fn a_range_is_denied_what_one_of_its_pages_is(
+            list in prop::collection::vec(protection(), 0..20),
+            start in 0u64..96,
+            more in 0u64..8,
+            deny in 1u64..16,
+        ) {
+            let deny = Deny::from_bits(deny).unwrap();
+            let table: Table = list.iter().copied().collect();
+            let expected = (start..=start + more)
+                .any(|page| table.get(Gfn::new(page).unwrap()).deny.intersects(deny));
+            prop_assert_eq!(table.denies(GfnRange::new(start, start + more).unwrap(), deny), expected);
         }
 
         #[test]
