@@ -346,8 +346,8 @@ fn another_vm_finds_nothing_of_the_one_before() {
     s.assert_works();
     s.vm_guard
         .send(VIOLATION, 0, &vm_guard::violation_payload(0, 0x1000, 3, 2));
-    wait_for("the violation", || {
-        (s.front_end.config().violations() == 3).then_some(())
+    wait_for("three violations told and two lost", || {
+        (s.front_end.config().violations() == 5).then_some(())
     });
     let Setup {
         companion,
