@@ -8,6 +8,8 @@
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap};
 
+use crate::protect::{Deny, GfnRange, Table};
+
 use super::wire::{Errno, MAX_DESCRIPTORS, MAX_REQUEST_SIZE, REQUEST_HEADER_SIZE};
 
 /// A snapshot of the guest's memory map.
@@ -121,7 +123,21 @@ impl Chain {
     }
 }
 
+/// Whether the guest may not write some of the `len` bytes at `address`.
+pub(super) fn is_locked(table: &Table, address: GuestAddress, len: usize) -> bool {
+    GfnRange::of_bytes(address.0, len as u64)
+        .is_some_and(|frames| table.denies(frames, Deny::NOWRITE))
+}
+
 impl Answer {
+    /// Whether some of it is on a page that the guest may not write. This process can, so it must
+    /// not be made to do it in the guest's place.
+    pub(super) fn is_locked(&self, table: &Table) -> bool {
+        self.pieces
+            .iter()
+            .any(|&(address, len)| is_locked(table, address, len))
+    }
+
     /// Writes `bytes` into the memory that the guest has now. False if some of what the driver
     /// named is not there any more.
     pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> bool {

@@ -104,7 +104,7 @@ impl Requests {
             let written = match &request.state {
                 State::Asked { .. } => break,
                 State::Answered { answer, response } => {
-                    answer.write(turn.memory, &wire::encode_response(*response))
+                    turn.write(answer, &wire::encode_response(*response))
                 }
                 State::Malformed => false,
             };
@@ -176,7 +176,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
     use super::*;
-    use crate::protect::Deny;
+    use crate::protect::{Attributes, Deny, GfnRange, Table};
 
     const AVAIL: u64 = 0x1000;
     const USED: u64 = 0x2000;
@@ -191,6 +191,7 @@ mod tests {
     struct Guest {
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         queue: Queue,
+        table: Table,
     }
 
     impl Guest {
@@ -204,7 +205,11 @@ mod tests {
                 .unwrap();
             queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
             queue.set_ready(true);
-            let guest = Self { memory, queue };
+            let guest = Self {
+                memory,
+                queue,
+                table: Table::default(),
+            };
             guest.write(0, [REQUEST, 32 | (1 << 32) | (1 << 48)]);
             guest.write(16, [RESPONSE, 16 | (2 << 32)]);
             guest.write(REQUEST, [1 | (1 << 32), 7, 7, attributes]);
@@ -236,7 +241,54 @@ mod tests {
 
         fn serve(&mut self, requests: &mut Requests) -> Result<Left, Fault> {
             let memory = self.memory.memory();
-            requests.serve(&mut Turn::new(&mut self.queue, &memory), LIMITS)
+            requests.serve(
+                &mut Turn::new(&mut self.queue, &memory, &self.table),
+                LIMITS,
+            )
+        }
+    }
+
+    #[test]
+    fn an_answer_never_goes_to_a_locked_page() {
+        const DONE: Outcome = Outcome {
+            status: 0,
+            index: None,
+            generation: 1,
+            ranges_in_force: 1,
+        };
+        let lock = Protection {
+            range: GfnRange::of_bytes(RESPONSE, 16).unwrap(),
+            attributes: Attributes::locked(Deny::NOWRITE),
+        };
+        let answer = |guest: &Guest| -> [u64; 2] {
+            guest
+                .memory
+                .memory()
+                .read_obj(GuestAddress(RESPONSE))
+                .unwrap()
+        };
+        for locked_before in [true, false] {
+            let mut guest = Guest::new(1);
+            guest.write(RESPONSE, [!0, !0]);
+            if locked_before {
+                guest.table.add(&lock);
+            }
+            let mut requests = Requests::default();
+            guest.set_avail_idx(1);
+            guest.serve(&mut requests).unwrap();
+            assert_eq!(
+                requests.next().is_none(),
+                locked_before,
+                "it is not carried out"
+            );
+            if !locked_before {
+                guest.table.add(&lock);
+                requests.finish(DONE);
+                guest.serve(&mut requests).unwrap();
+            }
+            assert_eq!(guest.used_idx(), 1);
+            assert_eq!(requests.malformed, 1);
+            assert_eq!(answer(&guest), [!0, !0]);
         }
     }
 

@@ -100,10 +100,7 @@ impl Events {
         let Some(Event { violation, lost }) = self.waiting.front() else {
             return 0;
         };
-        if !buffer
-            .answer
-            .write(turn.memory, &wire::encode_event(violation, *lost))
-        {
+        if !turn.write(&buffer.answer, &wire::encode_event(violation, *lost)) {
             return 0;
         }
         self.waiting.pop_front();

@@ -236,7 +236,10 @@ impl State {
         else {
             return;
         };
-        if ring.turn(memory, |turn| self.requests.serve(turn, limits)) == Left::Chains {
+        if ring.turn(memory, &self.table, |turn| {
+            self.requests.serve(turn, limits)
+        }) == Left::Chains
+        {
             // Fails only when the counter is full, and then the worker is about to wake anyway.
             let _ = again.write(1);
         }
@@ -253,7 +256,7 @@ impl State {
         else {
             return;
         };
-        if ring.turn(memory, |turn| self.events.serve(turn)) == Left::Chains {
+        if ring.turn(memory, &self.table, |turn| self.events.serve(turn)) == Left::Chains {
             let _ = again.write(1);
         }
     }

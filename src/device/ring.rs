@@ -10,11 +10,12 @@ use std::sync::atomic::Ordering;
 
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::chain::{Chain, Malformed, Memory};
+use super::chain::{Answer, Chain, Malformed, Memory, is_locked};
 use super::wire::{MAX_DESCRIPTORS, QUEUE_SIZE};
 use crate::log_limit::{LogLimit, log_limited};
+use crate::protect::Table;
 
 static BROKEN: LogLimit = LogLimit::new(5);
 
@@ -31,6 +32,8 @@ pub(super) enum Fault {
     Head(u16),
     #[error("its used ring cannot be written")]
     Used,
+    #[error("its used ring lies in a locked page")]
+    Locked,
 }
 
 /// What a turn on a ring leaves to be done.
@@ -55,6 +58,8 @@ pub(super) struct Ring {
 pub(super) struct Turn<'a> {
     queue: &'a mut Queue,
     pub(super) memory: &'a Memory,
+    /// What the guest may not write, and must not have written by this process either.
+    table: &'a Table,
     /// How many more chains may be popped before others get their turn.
     budget: usize,
     gave_back: bool,
@@ -82,6 +87,7 @@ impl Ring {
     pub(super) fn turn(
         &mut self,
         memory: &GuestMemoryAtomic<GuestMemoryMmap>,
+        table: &Table,
         work: impl FnOnce(&mut Turn<'_>) -> Result<Left, Fault>,
     ) -> Left {
         let mut vring = self.vring.get_mut();
@@ -90,9 +96,11 @@ impl Ring {
         }
         let memory = memory.memory();
         let queue = vring.get_queue_mut();
-        let mut turn = Turn::new(queue, &memory);
+        let mut turn = Turn::new(queue, &memory, table);
         let outcome = if self.fresh && !turn.queue.is_valid(&*memory) {
             Err(Fault::Outside)
+        } else if turn.used_ring_is_locked() {
+            Err(Fault::Locked)
         } else {
             work(&mut turn)
         };
@@ -131,7 +139,9 @@ impl Ring {
                     );
                 }
                 // So that a guest that mends it can say so. If that fails too, nothing is lost.
-                let _ = vring.enable_notification();
+                if fault != Fault::Locked {
+                    let _ = vring.enable_notification();
+                }
                 Left::Nothing
             }
         }
@@ -149,10 +159,11 @@ impl Ring {
 }
 
 impl<'a> Turn<'a> {
-    pub(super) fn new(queue: &'a mut Queue, memory: &'a Memory) -> Self {
+    pub(super) fn new(queue: &'a mut Queue, memory: &'a Memory, table: &'a Table) -> Self {
         Self {
             queue,
             memory,
+            table,
             budget: usize::from(QUEUE_SIZE),
             gave_back: false,
         }
@@ -169,7 +180,25 @@ impl<'a> Turn<'a> {
         let counted = chain.inspect(|_| descriptors += 1);
         let walked = Chain::walk(self.memory, counted, answer_size);
         self.budget = self.budget.saturating_sub(descriptors / MAX_DESCRIPTORS);
-        walked
+        walked.and_then(|chain| {
+            if chain.answer.is_locked(self.table) {
+                Err(Malformed)
+            } else {
+                Ok(chain)
+            }
+        })
+    }
+
+    /// Writes an answer, unless it would go to a page that was locked since the chain was taken
+    /// apart, or is not there any more.
+    pub(super) fn write(&self, answer: &Answer, bytes: &[u8]) -> bool {
+        !answer.is_locked(self.table) && answer.write(self.memory, bytes)
+    }
+
+    /// A used ring of `n` entries has 6 + 8 * n bytes (virtio 1.3, 2.7.8).
+    fn used_ring_is_locked(&self) -> bool {
+        let len = 6 + 8 * usize::from(self.queue.size());
+        is_locked(self.table, GuestAddress(self.queue.used_ring()), len)
     }
 
     /// Pops chains and hands each to `take`, until `take` wants no more, none is left, or it is

@@ -70,6 +70,13 @@ impl GfnRange {
         Ok(Self { start, end })
     }
 
+    /// The frames that the `len` bytes from guest-physical address `gpa` on touch; `None` for no bytes, or for bytes
+    /// beyond the end of the address space.
+    pub fn of_bytes(gpa: u64, len: u64) -> Option<Self> {
+        let last = gpa.checked_add(len.checked_sub(1)?)?;
+        Self::new(gpa >> PAGE_SHIFT, last >> PAGE_SHIFT).ok()
+    }
+
     /// First frame.
     pub fn start(self) -> Gfn {
         self.start
@@ -100,6 +107,20 @@ mod tests {
     fn the_whole_address_space_is_a_range() {
         let all = GfnRange::new(0, Gfn::MAX.number()).unwrap();
         assert_eq!(all.pages(), 1 << 52);
+    }
+
+    #[test]
+    fn bytes_touch_the_frames_of_their_first_and_last() {
+        let frames =
+            |gpa, len| GfnRange::of_bytes(gpa, len).map(|r| (r.start().number(), r.end().number()));
+        assert_eq!(frames(0x1000, 0x1000), Some((1, 1)));
+        assert_eq!(frames(0x1fff, 2), Some((1, 2)));
+        assert_eq!(frames(0x1fff, 0), None);
+        assert_eq!(
+            frames(u64::MAX, 1),
+            Some((Gfn::MAX.number(), Gfn::MAX.number()))
+        );
+        assert_eq!(frames(u64::MAX, 2), None);
     }
 
     #[test]
