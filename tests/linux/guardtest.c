@@ -78,18 +78,35 @@ static uint64_t frame_of(void *page)
 }
 
 /*
- * Pages to lock for good: nobody gets them back before the guest ends, so they
- * are never freed, and whoever writes to them is killed.
+ * Pages to lock for good. A locked page that is freed is a trap for whoever
+ * gets it next, the kernel too: so they are shared with a process that keeps
+ * them until the guest ends. Being shared, they are not copied for a child of
+ * ours that stores to them either.
  */
 static unsigned char *pages(size_t count)
 {
 	unsigned char *at = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE,
-				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
+				 MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE,
 				 -1, 0);
+	pid_t keeper;
 
 	if (at == MAP_FAILED || mlock(at, count * PAGE)) {
 		perror("mmap");
 		exit(2);
+	}
+	fflush(stdout);
+	keeper = fork();
+	if (keeper < 0) {
+		perror("fork");
+		exit(2);
+	}
+	if (!keeper) {
+		/* Nobody is to wait for the end of what it inherited. */
+		for (int fd = 0; fd < 16; fd++)
+			close(fd);
+		setsid();
+		for (;;)
+			pause();
 	}
 	memset(at, 0x5a, count * PAGE);
 	return at;
