@@ -39,11 +39,11 @@ demo: build ## boot a Linux guest, lock it, attack it
 # One suite after the other, each with its time, and all of them even if one fails.
 .PHONY: check
 check: build guests ## every test: cargo's, then the functional suites tcg, kvm and lab
-	@scripts/stages rust $(SUITES)
+	@scripts/stages lint rust $(SUITES)
 
 .PHONY: check-rust
-check-rust: setup ## cargo's tests only
-	@scripts/stages rust
+check-rust: setup ## cargo's lints and tests only
+	@scripts/stages lint rust
 
 .PHONY: check-tcg check-kvm check-lab
 check-tcg: build guests ## functional tests with TCG
