@@ -226,12 +226,14 @@ fn a_hello_that_comes_a_little_later_than_the_question_still_counts() {
 
 #[test]
 fn of_4096_entries_the_one_that_is_wrong_is_named() {
+    // Every other page from 4 GiB on, where neither rings nor buffers are.
+    let every_other = |i: u64| (0x10_0000 + 2 * i, 0x10_0000 + 2 * i, NOWRITE);
     let mut s = Setup::new();
     let mut seed = 12345u32;
     for _ in 0..20 {
         seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         let bad = (seed >> 8) % 4096;
-        let mut ranges: Vec<_> = (0..4096).map(|i| (2 * i, 2 * i, NOWRITE)).collect();
+        let mut ranges: Vec<_> = (0..4096).map(every_other).collect();
         ranges[bad as usize].2 = 0x10;
         let head = s.guest.lock(&ranges);
         s.front_end.kick(0);
@@ -239,15 +241,38 @@ fn of_4096_entries_the_one_that_is_wrong_is_named() {
     }
     s.vm_guard.assert_silent();
 
-    let ranges: Vec<_> = (0..4096).map(|i| (2 * i, 2 * i, NOWRITE)).collect();
+    let ranges: Vec<_> = (0..4096).map(every_other).collect();
     let head = s.guest.lock(&ranges);
     s.front_end.kick(0);
     let protect = s.vm_guard.protect();
     assert_eq!(protect.ranges.len(), 4096);
-    assert_eq!(protect.ranges[4095], (8190, 8190, NOWRITE | IMMUTABLE));
+    assert_eq!(
+        protect.ranges[4095],
+        (0x10_1ffe, 0x10_1ffe, NOWRITE | IMMUTABLE)
+    );
     s.vm_guard.succeed(&protect);
     assert_eq!(s.guest.response(head).status, 0);
     assert_eq!(s.front_end.config().ranges_in_force(), 4096);
+}
+
+#[test]
+fn nothing_is_written_into_a_page_that_is_locked() {
+    let mut s = Setup::new();
+    // The first request has head 0.
+    let page = s.guest.response_at(0) >> 12;
+    let head = s.guest.lock(&[(page, page, NOWRITE)]);
+    assert_eq!(head, 0);
+    s.front_end.kick(0);
+    let protect = s.vm_guard.protect();
+    s.vm_guard.succeed(&protect);
+    // It was carried out, and there is nowhere to say so.
+    assert_eq!(s.guest.used(0), Used { head, len: 0 });
+    assert_eq!(
+        s.guest.read_response(s.guest.response_at(head)).status,
+        0xeeee_eeee
+    );
+    assert_eq!(s.front_end.config().malformed(), 1);
+    assert_eq!(s.front_end.config().ranges_in_force(), 1);
 }
 
 #[test]
