@@ -128,8 +128,9 @@ static void calibrate(void)
 	outb(0x61, (inb(0x61) & ~2) | 1);
 	outb(0x43, 0xb0);
 	outb(0x42, 11932 & 0xff);
-	outb(0x42, 11932 >> 8);
+	/* The count starts with the next write, which may take long: a clock that is slow makes no time-out too short. */
 	t = rdtsc();
+	outb(0x42, 11932 >> 8);
 	while (!(inb(0x61) & 0x20) && rdtsc() - t < 2000000000ull)
 		;
 	tsc_per_ms = (rdtsc() - t) / 10;
