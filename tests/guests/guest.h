@@ -151,7 +151,10 @@ void vq_setup(struct vq *q, struct vdev *v, u16 index, void *used_page);	/* used
 void vdev_ok(struct vdev *v);
 u8 vdev_status(struct vdev *v);
 u64 vdev_config(struct vdev *v, u32 offset, u32 size);
-int vq_add(struct vq *q, const struct sg *sg, u32 n);	/* head, or -1: full */
+int vq_prepare(struct vq *q, const struct sg *sg, u32 n);	/* head, or -1: full; the device does not see it yet */
+int vq_prepare_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n);
+int vq_publish(struct vq *q, int head);			/* makes it available; -1 stays -1 */
+int vq_add(struct vq *q, const struct sg *sg, u32 n);	/* both */
 int vq_add_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n);
 void vq_kick(struct vq *q);
 bool vq_pop(struct vq *q, u32 *head, u32 *len);

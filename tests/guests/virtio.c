@@ -125,8 +125,10 @@ static u16 take(struct vq *q)
 	return d;
 }
 
-static int publish(struct vq *q, u16 head)
+int vq_publish(struct vq *q, int head)
 {
+	if (head < 0)
+		return head;
 	q->inflight |= 1ull << head;
 	q->avail->ring[q->avail->idx % q->size] = head;
 	mb();
@@ -134,7 +136,7 @@ static int publish(struct vq *q, u16 head)
 	return head;
 }
 
-int vq_add(struct vq *q, const struct sg *sg, u32 n)
+int vq_prepare(struct vq *q, const struct sg *sg, u32 n)
 {
 	u16 head = 0, last = 0;
 
@@ -152,10 +154,10 @@ int vq_add(struct vq *q, const struct sg *sg, u32 n)
 		};
 		last = d;
 	}
-	return publish(q, head);
+	return head;
 }
 
-int vq_add_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n)
+int vq_prepare_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n)
 {
 	u16 d;
 
@@ -167,7 +169,17 @@ int vq_add_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n
 		};
 	d = take(q);
 	q->desc[d] = (struct desc) { (u64)table, n * sizeof(*table), DESC_INDIRECT, q->desc[d].next };
-	return publish(q, d);
+	return d;
+}
+
+int vq_add(struct vq *q, const struct sg *sg, u32 n)
+{
+	return vq_publish(q, vq_prepare(q, sg, n));
+}
+
+int vq_add_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n)
+{
+	return vq_publish(q, vq_prepare_indirect(q, table, sg, n));
 }
 
 void vq_kick(struct vq *q)
