@@ -37,6 +37,15 @@ class Policies(GuardTest):
         self.assertGreater(stops, 0, "the VM was not paused")
         self.assertEqual(vm.status(), "running")
 
+    def test_a_locked_page_cannot_be_covered(self):
+        """A guest that maps something else over it is shut down."""
+        vm = self.bare_metal("lock-covered", self.companion(), reboot=False)
+        vm.expect("COVERING")
+        vm.wait()
+        self.assertNotIn("FAIL", vm.console.text())
+        self.assertIn("guarded guest memory was taken away or covered",
+                      vm.log.text())
+
     def test_shutdown(self):
         """QEMU ends, and says why."""
         vm = self.bare_metal("hold", self.companion(), policy="shutdown")

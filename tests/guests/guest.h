@@ -219,7 +219,7 @@ u64 attack_source(bool user);
 
 /* tests */
 void t_probe(void), t_machine(void);
-void t_lock_cpl0(void), t_lock_cpl3(void), t_lock_alias(void), t_lock_device_reset(void), t_lock_pagetable(void),
+void t_lock_cpl0(void), t_lock_cpl3(void), t_lock_alias(void), t_lock_device_reset(void), t_lock_covered(void), t_lock_pagetable(void),
 	t_lock_unemulated(void), t_many(void), t_nospc(void);
 void t_lock_dma(void), t_lock_fwcfg(void), t_lock_balloon(void), t_lock_busy(void), t_lock_ring(void), t_lock_companion(void);
 void t_race(void);

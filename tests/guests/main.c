@@ -16,6 +16,7 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "lock-alias", t_lock_alias, "second mappings, from before and after the lock" },
 	{ "lock-pagetable", t_lock_pagetable, "accessed and dirty bits in a locked page table" },
 	{ "lock-unemulated", t_lock_unemulated, "stores that KVM cannot emulate; on KVM only with unemulated=1" },
+	{ "lock-covered", t_lock_covered, "the chipset maps something else over the page; the VM must not go on" },
 	{ "lock-device-reset", t_lock_device_reset, "a reset of the virtio device" },
 	{ "lock-dma", t_lock_dma, "virtio-rng writes into the page; needs virtio-rng-pci" },
 	{ "lock-fwcfg", t_lock_fwcfg, "fw_cfg DMA" },
