@@ -1,22 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * /dev/guard: the same requests for a privileged process.
+ * /dev/guard: the same requests for a privileged process, and events.
  *
  * Everything that comes from user space is copied once and bounded here; what
  * it means is for the device to judge.
  */
 #include "guard.h"
 
+#include <linux/build_bug.h>
 #include <linux/capability.h>
+#include <linux/err.h>
 #include <linux/errno.h>
 #include <linux/fs.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/poll.h>
+#include <linux/slab.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
 
-static long guard_ioctl_lock(struct guard_lock __user *arg)
+/* Without padding, on 32 bits as on 64. */
+static_assert(sizeof(struct guard_range) == 24);
+static_assert(sizeof(struct guard_lock) == 24);
+static_assert(sizeof(struct guard_query) == 40);
+static_assert(sizeof(struct guard_info) == 72);
+
+/* GUARD_IOC_LOCK and GUARD_IOC_PROTECT differ in what is asked for. */
+typedef int guard_ranges_fn(const struct guard_range *ranges, u32 count,
+			    u32 *index, u64 *generation);
+
+static long guard_ioctl_ranges(struct guard_lock __user *arg,
+			       guard_ranges_fn *ask)
 {
 	struct guard_range *ranges;
 	struct guard_info info;
@@ -40,13 +55,48 @@ static long guard_ioctl_lock(struct guard_lock __user *arg)
 				      req.count * sizeof(*ranges));
 		if (IS_ERR(ranges))
 			return PTR_ERR(ranges);
-		err = virtio_guard_lock(ranges, req.count, &index, &generation);
+		err = ask(ranges, req.count, &index, &generation);
 		kvfree(ranges);
 	}
 
 	if (put_user(index, &arg->index) ||
 	    put_user(generation, &arg->generation))
 		return -EFAULT;
+	return err;
+}
+
+static long guard_ioctl_seal(struct guard_seal __user *arg)
+{
+	struct guard_seal seal;
+	int err = virtio_guard_seal(&seal.generation);
+
+	if (!err && copy_to_user(arg, &seal, sizeof(seal)))
+		err = -EFAULT;
+	return err;
+}
+
+static long guard_ioctl_query(struct guard_query __user *arg)
+{
+	struct guard_range *ranges;
+	struct guard_query query;
+	long err;
+
+	if (copy_from_user(&query, arg, sizeof(query)))
+		return -EFAULT;
+	if (query.reserved)
+		return -EINVAL;
+
+	query.count = min_t(u32, query.count, GUARD_MAX_RANGES);
+	ranges = kvmalloc_array(query.count, sizeof(*ranges), GFP_KERNEL);
+	if (!ranges)
+		return -ENOMEM;
+	err = virtio_guard_query(query.gfn_start, query.gfn_end, ranges,
+				 &query.count, &query.total);
+	if (!err && (copy_to_user(u64_to_user_ptr(query.ranges), ranges,
+				  query.count * sizeof(*ranges)) ||
+		     copy_to_user(arg, &query, sizeof(query))))
+		err = -EFAULT;
+	kvfree(ranges);
 	return err;
 }
 
@@ -62,22 +112,68 @@ static long guard_ioctl_info(struct guard_info __user *arg)
 
 static long guard_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
+	void __user *at = (void __user *)arg;
+
 	/* Not only at open: a descriptor can be passed on. */
 	if (!capable(CAP_SYS_ADMIN))
 		return -EPERM;
 
 	switch (cmd) {
 	case GUARD_IOC_LOCK:
-		return guard_ioctl_lock((struct guard_lock __user *)arg);
+		return guard_ioctl_ranges(at, virtio_guard_lock);
+	case GUARD_IOC_PROTECT:
+		return guard_ioctl_ranges(at, virtio_guard_protect);
+	case GUARD_IOC_SEAL:
+		return guard_ioctl_seal(at);
+	case GUARD_IOC_QUERY:
+		return guard_ioctl_query(at);
 	case GUARD_IOC_INFO:
-		return guard_ioctl_info((struct guard_info __user *)arg);
+		return guard_ioctl_info(at);
 	default:
 		return -ENOTTY;
 	}
 }
 
+static int guard_open(struct inode *inode, struct file *file)
+{
+	struct guard_listener *listener;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	listener = guard_listen();
+	if (IS_ERR(listener))
+		return PTR_ERR(listener);
+	file->private_data = listener;
+	return stream_open(inode, file);
+}
+
+static int guard_release(struct inode *inode, struct file *file)
+{
+	guard_unlisten(file->private_data);
+	return 0;
+}
+
+static ssize_t guard_read(struct file *file, char __user *buf, size_t len,
+			  loff_t *pos)
+{
+	/* As for ioctls. An event tells where the kernel is. */
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	return guard_listener_read(file->private_data, buf, len,
+				   file->f_flags & O_NONBLOCK);
+}
+
+static __poll_t guard_poll(struct file *file, poll_table *wait)
+{
+	return guard_listener_poll(file->private_data, file, wait);
+}
+
 static const struct file_operations guard_fops = {
 	.owner = THIS_MODULE,
+	.open = guard_open,
+	.release = guard_release,
+	.read = guard_read,
+	.poll = guard_poll,
 	.unlocked_ioctl = guard_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 };

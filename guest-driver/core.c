@@ -1,118 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The virtio device: requests on the control queue, violations from the event
- * queue, and its coming and going.
+ * The virtio device: its coming and going, its configuration.
  *
  * Both queues are only touched in process context under guard->lock; their
- * interrupts do no more than queue work. A request belongs to two parties, who
- * waits for it and the device; the buffers live until both have let go, so a
- * waiter that is killed leaves nothing behind that the device could write to.
+ * interrupts do no more than queue work.
  */
 #include "guard.h"
 
+#include <linux/bits.h>
 #include <linux/build_bug.h>
-#include <linux/completion.h>
-#include <linux/delay.h>
 #include <linux/err.h>
-#include <linux/kref.h>
-#include <linux/list.h>
 #include <linux/mm.h>
 #include <linux/module.h>
-#include <linux/mutex.h>
-#include <linux/ratelimit.h>
-#include <linux/refcount.h>
-#include <linux/scatterlist.h>
-#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/sysfs.h>
 #include <linux/version.h>
-#include <linux/virtio.h>
 #include <linux/virtio_config.h>
-#include <linux/vmalloc.h>
-#include <linux/wait.h>
-#include <linux/workqueue.h>
 
-/* What the specification allows in one request. */
-#define GUARD_MAX_RANGES	4096
-#define GUARD_MAX_REQ_LEN	(sizeof(struct virtio_guard_req) + \
-				 GUARD_MAX_RANGES * \
-				 sizeof(struct virtio_guard_range))
-#define GUARD_MAX_REQ_SG	DIV_ROUND_UP(GUARD_MAX_REQ_LEN, PAGE_SIZE)
-
-#define GUARD_EVENT_BUFS	32
-
-static_assert(sizeof(struct virtio_guard_config) == 64);
-static_assert(sizeof(struct virtio_guard_req) == 8);
-static_assert(sizeof(struct virtio_guard_range) == 24);
-static_assert(sizeof(struct virtio_guard_resp) == 16);
-static_assert(sizeof(struct virtio_guard_event) == 64);
-
-/* EBUSY: an emulated device is writing there; 10 + 20 + ... + 320 ms. */
-#define GUARD_BUSY_RETRIES	6
-#define GUARD_BUSY_DELAY_MS	10
-
-/* Say so when the host has not answered for this long; then wait on. */
-#define GUARD_PATIENCE		(30 * HZ)
-
-/**
- * struct guard - the device
- * @ref: held by the driver and by each call that uses the device
- * @vdev: the virtio device; valid while @live
- * @lock: protects the queues, @live, @requests and @completed
- * @live: the queues may be used
- * @control: requests; NULL between freeze and restore
- * @events: violations; likewise
- * @requests: &struct guard_request with the device
- * @completed: grows when a request ends, for those who wait for @room
- * @room: woken when the control queue may have room again
- * @control_work: takes answers
- * @event_work: takes violations
- * @bootlock_work: locks what the module parameter names
- * @bootlocked: @bootlock_work has ended once
- * @max_request_ranges: most entries in one request
- * @event_bufs: the buffers on @events
- */
-struct guard {
-	struct kref ref;
-	struct virtio_device *vdev;
-	struct mutex lock;
-	bool live;
-	struct virtqueue *control;
-	struct virtqueue *events;
-	struct list_head requests;
-	unsigned long completed;
-	wait_queue_head_t room;
-	struct work_struct control_work;
-	struct work_struct event_work;
-	struct work_struct bootlock_work;
-	struct completion bootlocked;
-	u32 max_request_ranges;
-	struct virtio_guard_event event_bufs[GUARD_EVENT_BUFS];
-};
-
-/**
- * struct guard_request - one request
- * @node: in guard.requests while the device has it
- * @ref: held by who waits and by the device
- * @done: the device, or its end, has answered
- * @err: the answer; valid once @done
- * @index: the entry that @err is about
- * @value: type-specific
- * @req: what the device reads, kvmalloc()ed
- * @len: its length
- * @resp: what the device writes
- */
-struct guard_request {
-	struct list_head node;
-	refcount_t ref;
-	struct completion done;
-	int err;
-	u32 index;
-	u64 value;
-	struct virtio_guard_req *req;
-	size_t len;
-	struct virtio_guard_resp resp;
-};
+static_assert(sizeof(struct virtio_guard_config) == 72);
 
 /* /dev/guard and in-kernel callers speak to one device. */
 static DEFINE_MUTEX(guard_only_mutex);
@@ -123,12 +28,21 @@ static void guard_free(struct kref *ref)
 	kfree(container_of(ref, struct guard, ref));
 }
 
-static void guard_put(struct guard *guard)
+/**
+ * guard_put - let go of the device
+ * @guard: of guard_get()
+ */
+void guard_put(struct guard *guard)
 {
 	kref_put(&guard->ref, guard_free);
 }
 
-static struct guard *guard_get(void)
+/**
+ * guard_get - the device
+ *
+ * Return: the device, which the caller has to put; or NULL.
+ */
+struct guard *guard_get(void)
 {
 	struct guard *guard;
 
@@ -139,244 +53,6 @@ static struct guard *guard_get(void)
 	mutex_unlock(&guard_only_mutex);
 	return guard;
 }
-
-/* Requests */
-
-static void guard_request_put(struct guard_request *r)
-{
-	if (refcount_dec_and_test(&r->ref)) {
-		kvfree(r->req);
-		kfree(r);
-	}
-}
-
-static struct guard_request *
-guard_request_lock(const struct guard_range *ranges, u32 count)
-{
-	struct virtio_guard_range *entry;
-	struct guard_request *r;
-	u32 i;
-
-	r = kzalloc(sizeof(*r), GFP_KERNEL);
-	if (!r)
-		return NULL;
-	r->len = sizeof(*r->req) + count * sizeof(*entry);
-	r->req = kvmalloc(r->len, GFP_KERNEL);
-	if (!r->req) {
-		kfree(r);
-		return NULL;
-	}
-	refcount_set(&r->ref, 1);
-	init_completion(&r->done);
-
-	r->req->type = cpu_to_le16(VIRTIO_GUARD_T_LOCK);
-	r->req->flags = 0;
-	r->req->count = cpu_to_le32(count);
-	entry = (struct virtio_guard_range *)(r->req + 1);
-	for (i = 0; i < count; i++) {
-		entry[i].gfn_start = cpu_to_le64(ranges[i].gfn_start);
-		entry[i].gfn_end = cpu_to_le64(ranges[i].gfn_end);
-		entry[i].attributes = cpu_to_le64(ranges[i].attributes);
-	}
-	return r;
-}
-
-/* @sg has GUARD_MAX_REQ_SG entries, which is enough for any request. */
-static void guard_request_sg(const struct guard_request *r,
-			     struct scatterlist *sg)
-{
-	void *at = r->req;
-	size_t left = r->len;
-	unsigned int i;
-
-	if (!is_vmalloc_addr(at)) {
-		sg_init_one(sg, at, left);
-		return;
-	}
-	sg_init_table(sg, DIV_ROUND_UP(left, PAGE_SIZE));
-	for (i = 0; left; i++) {
-		size_t part = min_t(size_t, left, PAGE_SIZE);
-
-		sg_set_page(&sg[i], vmalloc_to_page(at), part, 0);
-		at += part;
-		left -= part;
-	}
-}
-
-/* The request is over; the device's share of it ends here. */
-static void guard_request_end(struct guard *guard, struct guard_request *r,
-			      int err)
-{
-	lockdep_assert_held(&guard->lock);
-
-	list_del(&r->node);
-	r->err = err;
-	guard->completed++;
-	complete(&r->done);
-	guard_request_put(r);
-}
-
-/* What the device wrote, read once. */
-static int guard_request_answer(struct guard_request *r, unsigned int len)
-{
-	u32 status;
-
-	if (len < sizeof(r->resp))
-		return -EIO;
-	status = le32_to_cpu(READ_ONCE(r->resp.status));
-	r->index = le32_to_cpu(r->resp.index);
-	r->value = le64_to_cpu(r->resp.value);
-	return status <= MAX_ERRNO ? -(int)status : -EIO;
-}
-
-static void guard_control_work(struct work_struct *work)
-{
-	struct guard *guard = container_of(work, struct guard, control_work);
-	struct guard_request *r;
-	unsigned int len;
-
-	mutex_lock(&guard->lock);
-	while (guard->live) {
-		virtqueue_disable_cb(guard->control);
-		while ((r = virtqueue_get_buf(guard->control, &len)))
-			guard_request_end(guard, r,
-					  guard_request_answer(r, len));
-		if (virtqueue_is_broken(guard->control) ||
-		    virtqueue_enable_cb(guard->control))
-			break;
-	}
-	mutex_unlock(&guard->lock);
-	wake_up_all(&guard->room);
-}
-
-static int guard_submit(struct guard *guard, struct guard_request *r)
-{
-	struct scatterlist *sgs[2], *out, in;
-	unsigned long seen;
-	int err;
-
-	out = kmalloc_array(GUARD_MAX_REQ_SG, sizeof(*out), GFP_KERNEL);
-	if (!out)
-		return -ENOMEM;
-	guard_request_sg(r, out);
-	sg_init_one(&in, &r->resp, sizeof(r->resp));
-	sgs[0] = out;
-	sgs[1] = &in;
-
-	for (;;) {
-		mutex_lock(&guard->lock);
-		seen = guard->completed;
-		if (!guard->live)
-			err = -ENODEV;
-		else
-			err = virtqueue_add_sgs(guard->control, sgs, 1, 1, r,
-						GFP_KERNEL);
-		if (!err) {
-			refcount_inc(&r->ref);
-			list_add_tail(&r->node, &guard->requests);
-			virtqueue_kick(guard->control);
-		} else if (err == -ENOSPC && list_empty(&guard->requests)) {
-			/* The queue is empty and still too small. */
-			err = -EIO;
-		}
-		mutex_unlock(&guard->lock);
-
-		if (err != -ENOSPC)
-			break;
-		if (wait_event_killable(guard->room,
-				READ_ONCE(guard->completed) != seen)) {
-			err = -EINTR;
-			break;
-		}
-	}
-	kfree(out);
-	return err;
-}
-
-static int guard_wait(struct guard_request *r)
-{
-	long left;
-
-	for (;;) {
-		left = wait_for_completion_killable_timeout(&r->done,
-							    GUARD_PATIENCE);
-		if (left)
-			break;
-		pr_warn_ratelimited("still waiting for the host; is vhost-guard running?\n");
-	}
-	return left < 0 ? -EINTR : r->err;
-}
-
-static int guard_lock_once(struct guard *guard,
-			   const struct guard_range *ranges, u32 count,
-			   u32 *index, u64 *generation)
-{
-	struct guard_request *r;
-	int err;
-
-	r = guard_request_lock(ranges, count);
-	if (!r)
-		return -ENOMEM;
-	r->index = VIRTIO_GUARD_NO_INDEX;
-
-	err = guard_submit(guard, r);
-	if (!err) {
-		err = guard_wait(r);
-		if (err != -EINTR) {
-			*index = r->index;
-			*generation = err ? 0 : r->value;
-		}
-	}
-	guard_request_put(r);
-	return err;
-}
-
-/**
- * virtio_guard_lock - deny accesses to guest pages until the next system reset
- * @ranges: the pages, and what is denied
- * @count: entries in @ranges
- * @index: out: the entry that an error is about, or %VIRTIO_GUARD_NO_INDEX
- * @generation: out: the generation that the lock belongs to; 0 on error
- *
- * All of the ranges are locked or, on error, none. Once this returns 0, every
- * vCPU and every emulated device is bound by it; nothing in the guest can take
- * it back. May sleep, for as long as the host takes to answer.
- *
- * Return: 0; -ENODEV without a device; -E2BIG when @count is more than one
- * request may have; -EINTR when the task is being killed, in which case the
- * request may still be carried out; or the errno that the device answered, see
- * docs/device.md.
- */
-int virtio_guard_lock(const struct guard_range *ranges, u32 count, u32 *index,
-		      u64 *generation)
-{
-	struct guard *guard;
-	unsigned int tries;
-	int err;
-
-	might_sleep();
-	*index = VIRTIO_GUARD_NO_INDEX;
-	*generation = 0;
-
-	guard = guard_get();
-	if (!guard)
-		return -ENODEV;
-	if (!count)
-		err = -EINVAL;
-	else if (count > guard->max_request_ranges)
-		err = -E2BIG;
-	else
-		err = guard_lock_once(guard, ranges, count, index, generation);
-	for (tries = 0; err == -EBUSY && tries < GUARD_BUSY_RETRIES; tries++) {
-		msleep(GUARD_BUSY_DELAY_MS << tries);
-		if (fatal_signal_pending(current))
-			break;
-		err = guard_lock_once(guard, ranges, count, index, generation);
-	}
-	guard_put(guard);
-	return err;
-}
-EXPORT_SYMBOL_GPL(virtio_guard_lock);
 
 /* Configuration */
 
@@ -404,6 +80,10 @@ static void guard_read_config(struct virtio_device *vdev,
 			&info->events_lost);
 	virtio_cread_le(vdev, struct virtio_guard_config, malformed,
 			&info->malformed);
+	/* Without the feature nothing can be watched. */
+	if (virtio_has_feature(vdev, VIRTIO_GUARD_F_AUDIT))
+		virtio_cread_le(vdev, struct virtio_guard_config, audit_bits,
+				&info->audit_bits);
 }
 
 /* The counters move as they like: read until two readings agree. */
@@ -411,7 +91,9 @@ static void guard_read_config_whole(struct virtio_device *vdev,
 				    struct guard_info *info)
 {
 	struct guard_info again;
+	u64 usable = 0;
 	int tries;
+	u32 bit;
 
 	guard_read_config(vdev, info);
 	for (tries = 0; tries < 8; tries++) {
@@ -420,6 +102,12 @@ static void guard_read_config_whole(struct virtio_device *vdev,
 		if (!memcmp(info, &again, sizeof(again)))
 			break;
 	}
+	/* Feature bit n is about deny bit n. */
+	for (bit = VIRTIO_GUARD_F_NOWRITE; bit <= VIRTIO_GUARD_F_NOEXEC_KERNEL;
+	     bit++)
+		if (virtio_has_feature(vdev, bit))
+			usable |= BIT_ULL(bit);
+	info->deny_bits &= usable;
 	info->max_request_ranges = min_t(u32, info->max_request_ranges,
 					 GUARD_MAX_RANGES);
 }
@@ -445,87 +133,6 @@ int guard_read_info(struct guard_info *info)
 	mutex_unlock(&guard->lock);
 	guard_put(guard);
 	return err;
-}
-
-/* Events */
-
-static const char *guard_action_name(u32 action)
-{
-	switch (action) {
-	case VIRTIO_GUARD_ACTION_INJECT:
-		return "inject";
-	case VIRTIO_GUARD_ACTION_DROP:
-		return "drop";
-	case VIRTIO_GUARD_ACTION_PAUSE:
-		return "pause";
-	case VIRTIO_GUARD_ACTION_SHUTDOWN:
-		return "shutdown";
-	default:
-		return "unknown";
-	}
-}
-
-static void guard_report(const struct virtio_guard_event *ev)
-{
-	static DEFINE_RATELIMIT_STATE(rs, 5 * HZ, 20);
-	char source[24], rip[128];
-	u64 ip = le64_to_cpu(ev->rip);
-	u32 cpu = le32_to_cpu(ev->source);
-
-	if (le16_to_cpu(ev->type) != VIRTIO_GUARD_EV_VIOLATION ||
-	    !__ratelimit(&rs))
-		return;
-
-	if (cpu == VIRTIO_GUARD_SOURCE_DMA)
-		strscpy(source, "a device", sizeof(source));
-	else
-		snprintf(source, sizeof(source), "vcpu %u", cpu);
-
-	/* A kernel address only by name: the log need not tell KASLR's secret. */
-	if (ip == VIRTIO_GUARD_UNKNOWN)
-		strscpy(rip, "unknown", sizeof(rip));
-	else if (ip >= TASK_SIZE_MAX)
-		snprintf(rip, sizeof(rip), "%pS", (void *)(unsigned long)ip);
-	else
-		snprintf(rip, sizeof(rip), "0x%llx", ip);
-
-	pr_warn("refused write gpa=0x%llx by %s rip=%s times=%u action=%s lost=%llu\n",
-		le64_to_cpu(ev->gpa), source, rip, le32_to_cpu(ev->times),
-		guard_action_name(le32_to_cpu(ev->action)),
-		le64_to_cpu(ev->lost));
-}
-
-static void guard_post_event(struct guard *guard, struct virtio_guard_event *ev)
-{
-	struct scatterlist sg;
-
-	sg_init_one(&sg, ev, sizeof(*ev));
-	/* There is room for each of them, and a lost buffer loses no event. */
-	if (virtqueue_add_inbuf(guard->events, &sg, 1, ev, GFP_KERNEL))
-		pr_warn_once("cannot post an event buffer\n");
-}
-
-static void guard_event_work(struct work_struct *work)
-{
-	struct guard *guard = container_of(work, struct guard, event_work);
-	struct virtio_guard_event *buf, ev;
-	unsigned int len;
-
-	mutex_lock(&guard->lock);
-	while (guard->live) {
-		virtqueue_disable_cb(guard->events);
-		while ((buf = virtqueue_get_buf(guard->events, &len))) {
-			ev = *buf;
-			guard_post_event(guard, buf);
-			if (len >= sizeof(ev))
-				guard_report(&ev);
-		}
-		virtqueue_kick(guard->events);
-		if (virtqueue_is_broken(guard->events) ||
-		    virtqueue_enable_cb(guard->events))
-			break;
-	}
-	mutex_unlock(&guard->lock);
 }
 
 /* The device comes and goes */
@@ -586,14 +193,10 @@ static void guard_bootlock_work(struct work_struct *work)
 /* The queues exist: use them. */
 static void guard_start(struct guard *guard)
 {
-	unsigned int i;
-
 	virtio_device_ready(guard->vdev);
 	mutex_lock(&guard->lock);
 	guard->live = true;
-	for (i = 0; i < GUARD_EVENT_BUFS; i++)
-		guard_post_event(guard, &guard->event_bufs[i]);
-	virtqueue_kick(guard->events);
+	guard_events_post(guard);
 	mutex_unlock(&guard->lock);
 
 	/*
@@ -606,8 +209,6 @@ static void guard_start(struct guard *guard)
 /* After this the device touches none of our memory; locks are not its memory. */
 static void guard_stop(struct guard *guard)
 {
-	struct guard_request *r, *next;
-
 	mutex_lock(&guard->lock);
 	guard->live = false;
 	mutex_unlock(&guard->lock);
@@ -623,9 +224,7 @@ static void guard_stop(struct guard *guard)
 		while (virtqueue_detach_unused_buf(guard->events))
 			;
 	}
-	list_for_each_entry_safe(r, next, &guard->requests, node)
-		guard_request_end(guard, r, -ENODEV);
-	guard->completed++;
+	guard_requests_abort(guard);
 	mutex_unlock(&guard->lock);
 	wake_up_all(&guard->room);
 
@@ -689,9 +288,9 @@ static int guard_probe(struct virtio_device *vdev)
 		goto err_vqs;
 	}
 
-	pr_info("%s: host denies 0x%llx, %u ranges at most, generation %llu\n",
-		dev_name(&vdev->dev), info.deny_bits, info.max_ranges,
-		info.generation);
+	pr_info("%s: host denies 0x%llx, watches 0x%llx, %u ranges at most, generation %llu\n",
+		dev_name(&vdev->dev), info.deny_bits, info.audit_bits,
+		info.max_ranges, info.generation);
 	if (!virtio_has_feature(vdev, VIRTIO_GUARD_F_NOWRITE))
 		pr_err("this host cannot deny writes: nothing can be locked\n");
 	guard_start(guard);
@@ -714,6 +313,7 @@ static void guard_remove(struct virtio_device *vdev)
 	mutex_unlock(&guard_only_mutex);
 
 	guard_stop(guard);
+	guard_listeners_hang_up();
 	guard_del_vqs(guard);
 	guard_put(guard);
 }
@@ -779,7 +379,13 @@ static const struct virtio_device_id guard_id_table[] = {
 };
 MODULE_DEVICE_TABLE(virtio, guard_id_table);
 
-static const unsigned int guard_features[] = { VIRTIO_GUARD_F_NOWRITE };
+static const unsigned int guard_features[] = {
+	VIRTIO_GUARD_F_NOWRITE,
+	VIRTIO_GUARD_F_NOEXEC,
+	VIRTIO_GUARD_F_NOREAD,
+	VIRTIO_GUARD_F_NOEXEC_KERNEL,
+	VIRTIO_GUARD_F_AUDIT,
+};
 
 static struct virtio_driver guard_driver = {
 	.driver.name = KBUILD_MODNAME,
@@ -840,5 +446,5 @@ static void __exit guard_exit(void)
 module_init(guard_init);
 module_exit(guard_exit);
 
-MODULE_DESCRIPTION("Lock kernel memory from outside the kernel");
+MODULE_DESCRIPTION("Protect kernel memory from outside the kernel");
 MODULE_LICENSE("GPL");

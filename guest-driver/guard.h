@@ -1,20 +1,90 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the parts of virtio_guard.ko know of each other: the device (core.c),
- * what is locked at boot (bootlock.c), where the kernel's own pages are
- * (image.c), and /dev/guard (chardev.c).
+ * What the parts of virtio_guard.ko know of each other: the device's coming and
+ * going (core.c), requests to it (request.c), events from it (event.c), what is
+ * locked at boot (bootlock.c), where the kernel's own pages are (image.c), and
+ * /dev/guard (chardev.c).
  */
 #ifndef _GUARD_H
 #define _GUARD_H
 
+#include <linux/completion.h>
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
 #include <linux/types.h>
+#include <linux/virtio.h>
 #include <linux/virtio_guard.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
 
 #undef pr_fmt
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+struct file;
+struct guard_listener;
+struct poll_table_struct;
+
+/* What the specification allows in one request, and in one answer. */
+#define GUARD_MAX_RANGES	4096
+
+#define GUARD_EVENT_BUFS	32
+
+/**
+ * struct guard - the device
+ * @ref: held by the driver and by each call that uses the device
+ * @vdev: the virtio device; valid while @live
+ * @lock: protects the queues, @live, @requests and @completed
+ * @live: the queues may be used
+ * @control: requests; NULL between freeze and restore
+ * @events: violations; likewise
+ * @requests: &struct guard_request with the device
+ * @completed: grows when a request ends, for those who wait for @room
+ * @room: woken when the control queue may have room again
+ * @control_work: takes answers
+ * @event_work: takes violations
+ * @bootlock_work: locks what the module parameter names
+ * @bootlocked: @bootlock_work has ended once
+ * @max_request_ranges: most entries in one request
+ * @event_bufs: the buffers on @events
+ */
+struct guard {
+	struct kref ref;
+	struct virtio_device *vdev;
+	struct mutex lock;
+	bool live;
+	struct virtqueue *control;
+	struct virtqueue *events;
+	struct list_head requests;
+	unsigned long completed;
+	wait_queue_head_t room;
+	struct work_struct control_work;
+	struct work_struct event_work;
+	struct work_struct bootlock_work;
+	struct completion bootlocked;
+	u32 max_request_ranges;
+	struct virtio_guard_event event_bufs[GUARD_EVENT_BUFS];
+};
+
 /* core.c */
+struct guard *guard_get(void);
+void guard_put(struct guard *guard);
 int guard_read_info(struct guard_info *info);
+
+/* request.c */
+void guard_control_work(struct work_struct *work);
+void guard_requests_abort(struct guard *guard);
+
+/* event.c */
+void guard_event_work(struct work_struct *work);
+void guard_events_post(struct guard *guard);
+struct guard_listener *guard_listen(void);
+void guard_unlisten(struct guard_listener *listener);
+ssize_t guard_listener_read(struct guard_listener *listener, char __user *buf,
+			    size_t len, bool nonblock);
+void guard_listeners_hang_up(void);
+__poll_t guard_listener_poll(struct guard_listener *listener,
+			     struct file *file, struct poll_table_struct *wait);
 
 /* bootlock.c */
 int guard_bootlock_parse(void);

@@ -9,5 +9,10 @@
 
 int virtio_guard_lock(const struct guard_range *ranges, u32 count, u32 *index,
 		      u64 *generation);
+int virtio_guard_protect(const struct guard_range *ranges, u32 count,
+			 u32 *index, u64 *generation);
+int virtio_guard_seal(u64 *generation);
+int virtio_guard_query(u64 gfn_start, u64 gfn_end, struct guard_range *ranges,
+		       u32 *count, u64 *total);
 
 #endif /* _LINUX_VIRTIO_GUARD_H */

@@ -15,8 +15,13 @@
 
 #define VIRTIO_ID_GUARD			63
 
-/* This host enforces VIRTIO_GUARD_NOWRITE. */
+/* This host enforces VIRTIO_GUARD_NOWRITE, ... */
 #define VIRTIO_GUARD_F_NOWRITE		0
+#define VIRTIO_GUARD_F_NOEXEC		1
+#define VIRTIO_GUARD_F_NOREAD		2
+#define VIRTIO_GUARD_F_NOEXEC_KERNEL	3
+/* This host can watch accesses. */
+#define VIRTIO_GUARD_F_AUDIT		4
 
 #define VIRTIO_GUARD_VERSION		1
 
@@ -36,16 +41,25 @@ struct virtio_guard_config {
 	__le64 violations;
 	__le64 events_lost;
 	__le64 malformed;
+	/* The deny bits that the host can watch instead of denying. */
+	__le64 audit_bits;
 };
 
 /* Types of request, queue 0. */
 #define VIRTIO_GUARD_T_LOCK		1
+#define VIRTIO_GUARD_T_PROTECT		2
+#define VIRTIO_GUARD_T_SEAL		3
+#define VIRTIO_GUARD_T_QUERY		4
 
 /* Deny bits. */
 #define VIRTIO_GUARD_NOWRITE		(1ULL << 0)
 #define VIRTIO_GUARD_NOEXEC		(1ULL << 1)
 #define VIRTIO_GUARD_NOREAD		(1ULL << 2)
 #define VIRTIO_GUARD_NOEXEC_KERNEL	(1ULL << 3)
+/* What one of these would deny goes through, and makes an event. */
+#define VIRTIO_GUARD_AUDIT(bits)	((bits) << 8)
+/* Only grows until system reset: told by QUERY, not asked for. */
+#define VIRTIO_GUARD_IMMUTABLE		(1ULL << 63)
 
 struct virtio_guard_range {
 	__le64 gfn_start;
@@ -61,14 +75,14 @@ struct virtio_guard_req {
 	__le32 count;
 };
 
-/* virtio_guard_resp.index and struct guard_lock.index: no entry is to blame. */
+/* virtio_guard_resp.index, struct guard_lock.index: no entry is to blame. */
 #define VIRTIO_GUARD_NO_INDEX		0xffffffffU
 
 struct virtio_guard_resp {
 	/* 0 or a positive errno. */
 	__le32 status;
 	__le32 index;
-	/* LOCK: the generation. */
+	/* The generation; of a QUERY, how many entries there are. */
 	__le64 value;
 };
 
@@ -76,6 +90,8 @@ struct virtio_guard_resp {
 #define VIRTIO_GUARD_EV_VIOLATION	1
 
 #define VIRTIO_GUARD_ACCESS_WRITE	1
+#define VIRTIO_GUARD_ACCESS_EXEC	2
+#define VIRTIO_GUARD_ACCESS_READ	3
 
 /* virtio_guard_event.source: an emulated device. */
 #define VIRTIO_GUARD_SOURCE_DMA		0xffffffffU
@@ -86,6 +102,8 @@ struct virtio_guard_resp {
 #define VIRTIO_GUARD_ACTION_DROP	2
 #define VIRTIO_GUARD_ACTION_PAUSE	3
 #define VIRTIO_GUARD_ACTION_SHUTDOWN	4
+/* It was watched, and went through. */
+#define VIRTIO_GUARD_ACTION_AUDIT	5
 
 struct virtio_guard_event {
 	__le16 type;
@@ -105,13 +123,16 @@ struct virtio_guard_event {
 	__le32 reserved;
 };
 
-/* /dev/guard. All fields are in the byte order of the machine. */
+/*
+ * /dev/guard. All fields are in the byte order of the machine, and no structure
+ * has padding. Each call needs CAP_SYS_ADMIN.
+ */
 
 /**
- * struct guard_range - pages to protect
+ * struct guard_range - pages, and what holds on them
  * @gfn_start: first guest frame number (physical address >> 12)
  * @gfn_end: last guest frame number, inclusive
- * @attributes: deny bits, VIRTIO_GUARD_*
+ * @attributes: deny bits and VIRTIO_GUARD_AUDIT() of them
  */
 struct guard_range {
 	__u64 gfn_start;
@@ -120,11 +141,11 @@ struct guard_range {
 };
 
 /**
- * struct guard_lock - argument of GUARD_IOC_LOCK
+ * struct guard_lock - argument of GUARD_IOC_LOCK and GUARD_IOC_PROTECT
  * @ranges: in: address of an array of struct guard_range
  * @count: in: entries in that array
  * @index: out: the entry that an error is about, or VIRTIO_GUARD_NO_INDEX
- * @generation: out: the generation that the lock belongs to; 0 on error
+ * @generation: out: the generation in which it holds; 0 on error
  */
 struct guard_lock {
 	__u64 ranges;
@@ -134,16 +155,46 @@ struct guard_lock {
 };
 
 /**
+ * struct guard_seal - argument of GUARD_IOC_SEAL
+ * @generation: out: the generation in which it holds
+ */
+struct guard_seal {
+	__u64 generation;
+};
+
+/**
+ * struct guard_query - argument of GUARD_IOC_QUERY
+ * @gfn_start: in: first guest frame number
+ * @gfn_end: in: last guest frame number, inclusive
+ * @ranges: in: address of an array of struct guard_range, to be filled
+ * @count: in: entries that the array has room for; out: entries filled
+ * @reserved: in: 0
+ * @total: out: how many entries there are
+ *
+ * The entries are sorted and disjoint. One call fills 4096 at most; where
+ * @total is more than was filled, go on behind the last one.
+ */
+struct guard_query {
+	__u64 gfn_start;
+	__u64 gfn_end;
+	__u64 ranges;
+	__u32 count;
+	__u32 reserved;
+	__u64 total;
+};
+
+/**
  * struct guard_info - argument of GUARD_IOC_INFO; see struct virtio_guard_config
  * @version: of the device
  * @page_size: 4096
  * @deny_bits: deny bits that can be asked for
+ * @audit_bits: deny bits that can be watched, not yet shifted
  * @max_request_ranges: most entries in one request
  * @max_ranges: most disjoint ranges in force at once
  * @generation: grows with every system reset
- * @ranges_in_force: disjoint ranges denied now
+ * @ranges_in_force: disjoint ranges with attributes now
  * @reserved: 0
- * @violations: accesses refused so far
+ * @violations: accesses refused, or seen where they are watched, so far
  * @events_lost: events that were dropped because nobody took them
  * @malformed: chains that the device returned unanswered
  */
@@ -151,6 +202,7 @@ struct guard_info {
 	__u32 version;
 	__u32 page_size;
 	__u64 deny_bits;
+	__u64 audit_bits;
 	__u32 max_request_ranges;
 	__u32 max_ranges;
 	__u64 generation;
@@ -161,13 +213,63 @@ struct guard_info {
 	__u64 malformed;
 };
 
-/*
- * GUARD_IOC_LOCK: lock all of the ranges until the next system reset, or, on
- * error, none. 0 means that every vCPU and every emulated device is bound by
- * it. EINTR (only after a fatal signal) means that the request is with the
- * host and may still be carried out. ENODEV: the device is gone.
+/**
+ * struct guard_event - what read() gives: one access
+ * @type: VIRTIO_GUARD_EV_VIOLATION
+ * @access: VIRTIO_GUARD_ACCESS_*
+ * @source: vCPU number, or VIRTIO_GUARD_SOURCE_DMA
+ * @action: VIRTIO_GUARD_ACTION_*
+ * @gpa: guest-physical address of the access
+ * @gva: linear address, or VIRTIO_GUARD_UNKNOWN
+ * @rip: instruction pointer, or VIRTIO_GUARD_UNKNOWN
+ * @value: what was to be written, up to 8 bytes; 0 when not known
+ * @size: bytes of the access; 0 when not known
+ * @times: how often this was seen since it was last told
+ * @dropped: events before this one that this file had no room for
+ * @lost: events that the host had no room for, since it knows this VM
+ * @time: CLOCK_BOOTTIME in nanoseconds, when the driver took the event
  */
-#define GUARD_IOC_LOCK	_IOWR('G', 0xe0, struct guard_lock)
-#define GUARD_IOC_INFO	_IOR('G', 0xe1, struct guard_info)
+struct guard_event {
+	__u32 type;
+	__u32 access;
+	__u32 source;
+	__u32 action;
+	__u64 gpa;
+	__u64 gva;
+	__u64 rip;
+	__u64 value;
+	__u32 size;
+	__u32 times;
+	__u64 dropped;
+	__u64 lost;
+	__u64 time;
+};
+
+/*
+ * GUARD_IOC_LOCK: add to the attributes of the pages, which can only grow from
+ * then on until the next system reset.
+ * GUARD_IOC_PROTECT: set the attributes of the pages; 0 frees them. EPERM where
+ * that would take something back from pages that were locked or sealed.
+ * GUARD_IOC_SEAL: what has attributes now can only grow from then on.
+ *
+ * All of the ranges or, on error, none. 0 means that every vCPU and every
+ * emulated device is bound by it. EINTR (only after a fatal signal) means that
+ * the request is with the host and may still be carried out. ENODEV: the device
+ * is gone. EOPNOTSUPP: this host cannot do that.
+ *
+ * GUARD_IOC_QUERY: what holds on pages.
+ *
+ * read() gives whole records of struct guard_event, as many as fit, from all
+ * that happened since open(); the file keeps 256 of them, and counts those that
+ * come when it is full in the next that it keeps. EINVAL: less than a record
+ * fits. EAGAIN: none is there, with O_NONBLOCK. ENODEV, and POLLHUP of poll():
+ * the device that was there at open() is gone, and all was read; only opening
+ * the file again helps.
+ */
+#define GUARD_IOC_LOCK		_IOWR('G', 0xe0, struct guard_lock)
+#define GUARD_IOC_INFO		_IOR('G', 0xe1, struct guard_info)
+#define GUARD_IOC_PROTECT	_IOWR('G', 0xe2, struct guard_lock)
+#define GUARD_IOC_SEAL		_IOR('G', 0xe3, struct guard_seal)
+#define GUARD_IOC_QUERY		_IOWR('G', 0xe4, struct guard_query)
 
 #endif /* _UAPI_LINUX_VIRTIO_GUARD_H */

@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Requests, on the control queue, and the calls that make them.
+ *
+ * A request belongs to two parties, who waits for it and the device; the
+ * buffers live until both have let go, so a waiter that is killed leaves
+ * nothing behind that the device could write to.
+ */
+#include "guard.h"
+
+#include <linux/build_bug.h>
+#include <linux/delay.h>
+#include <linux/err.h>
+#include <linux/export.h>
+#include <linux/mm.h>
+#include <linux/ratelimit.h>
+#include <linux/refcount.h>
+#include <linux/scatterlist.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
+
+/* No request is longer, and no answer: its header is larger. */
+#define GUARD_MAX_LEN		(sizeof(struct virtio_guard_resp) + \
+				 GUARD_MAX_RANGES * \
+				 sizeof(struct virtio_guard_range))
+#define GUARD_MAX_SG		DIV_ROUND_UP(GUARD_MAX_LEN, PAGE_SIZE)
+
+static_assert(sizeof(struct virtio_guard_req) == 8);
+static_assert(sizeof(struct virtio_guard_range) == 24);
+static_assert(sizeof(struct virtio_guard_resp) == 16);
+
+/* EBUSY: an emulated device is at work there; 10 + 20 + ... + 320 ms. */
+#define GUARD_BUSY_RETRIES	6
+#define GUARD_BUSY_DELAY_MS	10
+
+/* Say so when the host has not answered for this long; then wait on. */
+#define GUARD_PATIENCE		(30 * HZ)
+
+/**
+ * struct guard_request - one request
+ * @node: in guard.requests while the device has it
+ * @ref: held by who waits and by the device
+ * @done: the device, or its end, has answered
+ * @err: the answer; valid once @done, as all of the following
+ * @index: the entry that @err is about
+ * @value: type-specific
+ * @answered: entries that follow the answer
+ * @req: what the device reads, kvmalloc()ed
+ * @req_len: its length
+ * @resp: what the device writes, kvmalloc()ed
+ * @resp_len: its length
+ */
+struct guard_request {
+	struct list_head node;
+	refcount_t ref;
+	struct completion done;
+	int err;
+	u32 index;
+	u64 value;
+	u32 answered;
+	struct virtio_guard_req *req;
+	size_t req_len;
+	struct virtio_guard_resp *resp;
+	size_t resp_len;
+};
+
+static void guard_request_put(struct guard_request *r)
+{
+	if (refcount_dec_and_test(&r->ref)) {
+		kvfree(r->req);
+		kvfree(r->resp);
+		kfree(r);
+	}
+}
+
+/* A request with @count entries, and @room for that many in the answer. */
+static struct guard_request *
+guard_request_new(u16 type, const struct guard_range *ranges, u32 count,
+		  u32 room)
+{
+	struct virtio_guard_range *entry;
+	struct guard_request *r;
+	u32 i;
+
+	r = kzalloc(sizeof(*r), GFP_KERNEL);
+	if (!r)
+		return NULL;
+	refcount_set(&r->ref, 1);
+	init_completion(&r->done);
+	r->index = VIRTIO_GUARD_NO_INDEX;
+
+	r->req_len = sizeof(*r->req) + count * sizeof(*entry);
+	r->req = kvmalloc(r->req_len, GFP_KERNEL);
+	/* Zeroed: the device may claim to have written what it did not. */
+	r->resp_len = sizeof(*r->resp) + room * sizeof(*entry);
+	r->resp = kvzalloc(r->resp_len, GFP_KERNEL);
+	if (!r->req || !r->resp) {
+		guard_request_put(r);
+		return NULL;
+	}
+
+	r->req->type = cpu_to_le16(type);
+	r->req->flags = 0;
+	r->req->count = cpu_to_le32(count);
+	entry = (struct virtio_guard_range *)(r->req + 1);
+	for (i = 0; i < count; i++) {
+		entry[i].gfn_start = cpu_to_le64(ranges[i].gfn_start);
+		entry[i].gfn_end = cpu_to_le64(ranges[i].gfn_end);
+		entry[i].attributes = cpu_to_le64(ranges[i].attributes);
+	}
+	return r;
+}
+
+/* @sg has GUARD_MAX_SG entries, which is enough for any request or answer. */
+static void guard_request_sg(void *at, size_t left, struct scatterlist *sg)
+{
+	unsigned int i;
+
+	if (!is_vmalloc_addr(at)) {
+		sg_init_one(sg, at, left);
+		return;
+	}
+	sg_init_table(sg, DIV_ROUND_UP(left, PAGE_SIZE));
+	for (i = 0; left; i++) {
+		size_t part = min_t(size_t, left, PAGE_SIZE);
+
+		sg_set_page(&sg[i], vmalloc_to_page(at), part, 0);
+		at += part;
+		left -= part;
+	}
+}
+
+/* The request is over; the device's share of it ends here. */
+static void guard_request_end(struct guard *guard, struct guard_request *r,
+			      int err)
+{
+	lockdep_assert_held(&guard->lock);
+
+	list_del(&r->node);
+	r->err = err;
+	guard->completed++;
+	complete(&r->done);
+	guard_request_put(r);
+}
+
+/* What the device wrote, read once. */
+static int guard_request_answer(struct guard_request *r, unsigned int len)
+{
+	u32 status;
+
+	if (len < sizeof(*r->resp) || len > r->resp_len)
+		return -EIO;
+	status = le32_to_cpu(READ_ONCE(r->resp->status));
+	r->index = le32_to_cpu(READ_ONCE(r->resp->index));
+	r->value = le64_to_cpu(READ_ONCE(r->resp->value));
+	r->answered = (len - sizeof(*r->resp)) /
+		      sizeof(struct virtio_guard_range);
+	return status <= MAX_ERRNO ? -(int)status : -EIO;
+}
+
+/**
+ * guard_control_work - take the answers that are there
+ * @work: guard.control_work
+ */
+void guard_control_work(struct work_struct *work)
+{
+	struct guard *guard = container_of(work, struct guard, control_work);
+	struct guard_request *r;
+	unsigned int len;
+
+	mutex_lock(&guard->lock);
+	while (guard->live) {
+		virtqueue_disable_cb(guard->control);
+		while ((r = virtqueue_get_buf(guard->control, &len)))
+			guard_request_end(guard, r,
+					  guard_request_answer(r, len));
+		if (virtqueue_is_broken(guard->control) ||
+		    virtqueue_enable_cb(guard->control))
+			break;
+	}
+	mutex_unlock(&guard->lock);
+	wake_up_all(&guard->room);
+}
+
+/**
+ * guard_requests_abort - end all requests that the device has
+ * @guard: the device, which has been reset
+ */
+void guard_requests_abort(struct guard *guard)
+{
+	struct guard_request *r, *next;
+
+	lockdep_assert_held(&guard->lock);
+
+	list_for_each_entry_safe(r, next, &guard->requests, node)
+		guard_request_end(guard, r, -ENODEV);
+	guard->completed++;
+}
+
+/* Give it to the device; waits for room in the queue. */
+static int guard_submit(struct guard *guard, struct guard_request *r)
+{
+	struct scatterlist *sgs[2], *out, *in;
+	unsigned long seen;
+	int err;
+
+	out = kmalloc_array(2 * GUARD_MAX_SG, sizeof(*out), GFP_KERNEL);
+	if (!out)
+		return -ENOMEM;
+	in = out + GUARD_MAX_SG;
+	guard_request_sg(r->req, r->req_len, out);
+	guard_request_sg(r->resp, r->resp_len, in);
+	sgs[0] = out;
+	sgs[1] = in;
+
+	for (;;) {
+		mutex_lock(&guard->lock);
+		seen = guard->completed;
+		if (!guard->live)
+			err = -ENODEV;
+		else
+			err = virtqueue_add_sgs(guard->control, sgs, 1, 1, r,
+						GFP_KERNEL);
+		if (!err) {
+			refcount_inc(&r->ref);
+			list_add_tail(&r->node, &guard->requests);
+			virtqueue_kick(guard->control);
+		} else if (err == -ENOSPC && list_empty(&guard->requests)) {
+			/* The queue is empty and still too small. */
+			err = -EIO;
+		}
+		mutex_unlock(&guard->lock);
+
+		if (err != -ENOSPC)
+			break;
+		if (wait_event_killable(guard->room,
+				READ_ONCE(guard->completed) != seen)) {
+			err = -EINTR;
+			break;
+		}
+	}
+	kfree(out);
+	return err;
+}
+
+static int guard_wait(struct guard_request *r)
+{
+	long left;
+
+	for (;;) {
+		left = wait_for_completion_killable_timeout(&r->done,
+							    GUARD_PATIENCE);
+		if (left)
+			break;
+		pr_warn_ratelimited("still waiting for the host; is vhost-guard running?\n");
+	}
+	return left < 0 ? -EINTR : r->err;
+}
+
+/*
+ * The request, carried out and answered with 0, which the caller has to put;
+ * or an error, and in @index what it is about.
+ */
+static struct guard_request *
+guard_ask_once(struct guard *guard, u16 type, const struct guard_range *ranges,
+	       u32 count, u32 room, u32 *index)
+{
+	struct guard_request *r;
+	int err;
+
+	r = guard_request_new(type, ranges, count, room);
+	if (!r)
+		return ERR_PTR(-ENOMEM);
+
+	err = guard_submit(guard, r);
+	if (!err)
+		err = guard_wait(r);
+	if (!err)
+		return r;
+	/* After EINTR the device may still be writing the answer. */
+	if (err != -EINTR)
+		*index = r->index;
+	guard_request_put(r);
+	return ERR_PTR(err);
+}
+
+static struct guard_request *guard_ask(struct guard *guard, u16 type,
+				       const struct guard_range *ranges,
+				       u32 count, u32 room, u32 *index)
+{
+	struct guard_request *r;
+	unsigned int tries;
+
+	r = guard_ask_once(guard, type, ranges, count, room, index);
+	for (tries = 0; r == ERR_PTR(-EBUSY) && tries < GUARD_BUSY_RETRIES;
+	     tries++) {
+		msleep(GUARD_BUSY_DELAY_MS << tries);
+		if (fatal_signal_pending(current))
+			break;
+		*index = VIRTIO_GUARD_NO_INDEX;
+		r = guard_ask_once(guard, type, ranges, count, room, index);
+	}
+	return r;
+}
+
+/* LOCK, PROTECT and SEAL: the value of the answer is the generation. */
+static int guard_ask_generation(u16 type, const struct guard_range *ranges,
+				u32 count, u32 *index, u64 *generation)
+{
+	struct guard_request *r;
+	struct guard *guard;
+	int err = 0;
+
+	might_sleep();
+	*index = VIRTIO_GUARD_NO_INDEX;
+	*generation = 0;
+
+	guard = guard_get();
+	if (!guard)
+		return -ENODEV;
+	if (!count && type != VIRTIO_GUARD_T_SEAL) {
+		err = -EINVAL;
+	} else if (count > guard->max_request_ranges) {
+		err = -E2BIG;
+	} else {
+		r = guard_ask(guard, type, ranges, count, 0, index);
+		if (IS_ERR(r)) {
+			err = PTR_ERR(r);
+		} else {
+			*generation = r->value;
+			guard_request_put(r);
+		}
+	}
+	guard_put(guard);
+	return err;
+}
+
+/**
+ * virtio_guard_lock - deny accesses to guest pages until the next system reset
+ * @ranges: the pages, and what is denied or watched
+ * @count: entries in @ranges
+ * @index: out: the entry that an error is about, or %VIRTIO_GUARD_NO_INDEX
+ * @generation: out: the generation that the lock belongs to; 0 on error
+ *
+ * Adds to what holds on the pages already. All of the ranges are locked or, on
+ * error, none. Once this returns 0, every vCPU and every emulated device is
+ * bound by it; nothing in the guest can take it back. May sleep, for as long as
+ * the host takes to answer.
+ *
+ * Return: 0; -ENODEV without a device; -E2BIG when @count is more than one
+ * request may have; -EINTR when the task is being killed, in which case the
+ * request may still be carried out; or the errno that the device answered, see
+ * docs/device.md.
+ */
+int virtio_guard_lock(const struct guard_range *ranges, u32 count, u32 *index,
+		      u64 *generation)
+{
+	return guard_ask_generation(VIRTIO_GUARD_T_LOCK, ranges, count, index,
+				    generation);
+}
+EXPORT_SYMBOL_GPL(virtio_guard_lock);
+
+/**
+ * virtio_guard_protect - deny accesses to guest pages, for as long as wanted
+ * @ranges: the pages, and what is denied or watched there; 0 frees them
+ * @count: entries in @ranges
+ * @index: out: the entry that an error is about, or %VIRTIO_GUARD_NO_INDEX
+ * @generation: out: the generation in which it holds; 0 on error
+ *
+ * Takes the place of what holds on the pages already. All of the ranges or, on
+ * error, none. Protects from mistakes and from those who cannot call this; the
+ * same call takes it back, until the pages are locked or sealed.
+ *
+ * Return: as virtio_guard_lock(); -EPERM when it would take something back from
+ * pages that are locked or sealed.
+ */
+int virtio_guard_protect(const struct guard_range *ranges, u32 count,
+			 u32 *index, u64 *generation)
+{
+	return guard_ask_generation(VIRTIO_GUARD_T_PROTECT, ranges, count,
+				    index, generation);
+}
+EXPORT_SYMBOL_GPL(virtio_guard_protect);
+
+/**
+ * virtio_guard_seal - make what is protected now last until system reset
+ * @generation: out: the generation in which it holds; 0 on error
+ *
+ * Pages that get attributes later can still be freed.
+ *
+ * Return: as virtio_guard_lock().
+ */
+int virtio_guard_seal(u64 *generation)
+{
+	u32 index;
+
+	return guard_ask_generation(VIRTIO_GUARD_T_SEAL, NULL, 0, &index,
+				    generation);
+}
+EXPORT_SYMBOL_GPL(virtio_guard_seal);
+
+/* As many entries as there are, or as there was room for; nothing else. */
+static int guard_query_take(const struct guard_request *r,
+			    struct guard_range *ranges, u32 room)
+{
+	const struct virtio_guard_range *entry = (const void *)(r->resp + 1);
+	u32 i;
+
+	if (r->answered != min_t(u64, r->value, room))
+		return -EIO;
+	for (i = 0; i < r->answered; i++) {
+		ranges[i].gfn_start = le64_to_cpu(READ_ONCE(entry[i].gfn_start));
+		ranges[i].gfn_end = le64_to_cpu(READ_ONCE(entry[i].gfn_end));
+		ranges[i].attributes =
+			le64_to_cpu(READ_ONCE(entry[i].attributes));
+	}
+	return 0;
+}
+
+/**
+ * virtio_guard_query - what holds on guest pages
+ * @gfn_start: the first page
+ * @gfn_end: the last page
+ * @ranges: out: the pages that have attributes, sorted and disjoint
+ * @count: in: entries that @ranges has room for; out: entries filled, at most
+ *         4096; 0 on error
+ * @total: out: how many there are; 0 on error
+ *
+ * Return: as virtio_guard_lock().
+ */
+int virtio_guard_query(u64 gfn_start, u64 gfn_end, struct guard_range *ranges,
+		       u32 *count, u64 *total)
+{
+	const struct guard_range all = { gfn_start, gfn_end, 0 };
+	u32 room = min_t(u32, *count, GUARD_MAX_RANGES);
+	struct guard_request *r;
+	struct guard *guard;
+	u32 index;
+	int err;
+
+	might_sleep();
+	*count = 0;
+	*total = 0;
+
+	guard = guard_get();
+	if (!guard)
+		return -ENODEV;
+	r = guard_ask(guard, VIRTIO_GUARD_T_QUERY, &all, 1, room, &index);
+	guard_put(guard);
+	if (IS_ERR(r))
+		return PTR_ERR(r);
+	err = guard_query_take(r, ranges, room);
+	if (!err) {
+		*count = r->answered;
+		*total = r->value;
+	}
+	guard_request_put(r);
+	return err;
+}
+EXPORT_SYMBOL_GPL(virtio_guard_query);
