@@ -2,4 +2,179 @@
 
 //! `guardctl`: protects a guest's memory by way of `/dev/guard`, and shows what is protected.
 
-fn main() {}
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, error::ErrorKind};
+use rustix::io::Errno;
+
+mod cli;
+mod device;
+mod explain;
+mod json;
+mod range;
+mod report;
+
+use cli::{Cli, Command, Request};
+use device::{Device, Entry, Refusal};
+use json::Json;
+use range::Range;
+
+/// Why the program ends early.
+enum Failure {
+    /// The command line makes no sense: one that the parser lets through.
+    Usage(String),
+    /// It was refused, or failed.
+    Refused(String),
+    /// Nobody reads what is printed.
+    Output(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(why)) => Cli::command().error(ErrorKind::ValueValidation, why).exit(),
+        Err(Failure::Refused(why)) => {
+            eprintln!("guardctl: {why}");
+            ExitCode::FAILURE
+        }
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(Failure::Output(error)) => {
+            eprintln!("guardctl: standard output: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failure> {
+    match &cli.command {
+        Command::Info => {
+            let info = open(cli)?.info().map_err(failure("info"))?;
+            print(cli, report::info_text(&info), report::info_json(&info))
+        }
+        Command::Lock(request) => {
+            let entries = entries(request, false)?;
+            let device = open(cli)?;
+            change(cli, "lock", "locked", &device, request, |device| {
+                device.lock(&entries)
+            })
+        }
+        Command::Protect(request) => {
+            let entries = entries(request, true)?;
+            let device = open(cli)?;
+            let frees = entries.iter().all(|entry| entry.attributes == 0);
+            let verb = if frees { "freed" } else { "protected" };
+            change(cli, "protect", verb, &device, request, |device| {
+                device.protect(&entries)
+            })
+        }
+        Command::Seal { yes: false } => Err(Failure::Usage(
+            "what is sealed stays until the next system reset: add --yes if that is what you want"
+                .into(),
+        )),
+        Command::Seal { yes: true } => {
+            let generation = open(cli)?.seal().map_err(failure("seal"))?;
+            let text = format!("sealed what is protected, in generation {generation}\n");
+            let json = Json::Object(vec![("generation", Json::Number(generation))]);
+            print(cli, text, json)
+        }
+        Command::Query { ranges } => {
+            let device = open(cli)?;
+            let mut found = Vec::new();
+            let all = [Range::ALL];
+            for range in if ranges.is_empty() { &all } else { &ranges[..] } {
+                found.extend(device.query(*range).map_err(failure("query"))?);
+            }
+            print(
+                cli,
+                report::entries_text(&found),
+                report::entries_json(&found),
+            )
+        }
+        Command::Events { follow, count } => events(cli, *follow, *count),
+    }
+}
+
+fn open(cli: &Cli) -> Result<Device, Failure> {
+    Device::open(&cli.device).map_err(|error| Failure::Refused(explain::open(&cli.device, &error)))
+}
+
+fn failure(command: &'static str) -> impl Fn(Errno) -> Failure {
+    move |errno| Failure::Refused(explain::failure(command, errno))
+}
+
+fn entries(request: &Request, may_free: bool) -> Result<Vec<Entry>, Failure> {
+    let attributes = request.attributes(may_free).map_err(Failure::Usage)?;
+    let entry = |range: &Range| Entry {
+        first: range.first,
+        last: range.last,
+        attributes,
+    };
+    Ok(request.ranges.iter().map(entry).collect())
+}
+
+/// One request, and what became of it.
+fn change(
+    cli: &Cli,
+    command: &str,
+    verb: &str,
+    device: &Device,
+    request: &Request,
+    ask: impl Fn(&Device) -> Result<u64, Refusal>,
+) -> Result<(), Failure> {
+    let ranges = &request.ranges;
+    let generation = ask(device).map_err(|refusal| {
+        let info = device.info().ok();
+        Failure::Refused(explain::refusal(command, refusal, ranges, info.as_ref()))
+    })?;
+    print(
+        cli,
+        report::done_text(verb, ranges, generation),
+        report::done_json(ranges, generation),
+    )
+}
+
+fn print(cli: &Cli, text: String, json: Json) -> Result<(), Failure> {
+    let text = if cli.json { format!("{json}\n") } else { text };
+    Ok(io::stdout().write_all(text.as_bytes())?)
+}
+
+fn events(cli: &Cli, follow: bool, count: Option<u64>) -> Result<(), Failure> {
+    let mut device = open(cli)?;
+    let mut out = io::stdout().lock();
+    let mut left = count.unwrap_or(u64::MAX);
+    if !cli.json {
+        out.write_all(report::events_head().as_bytes())?;
+        out.flush()?;
+    }
+    loop {
+        let events = device.events().map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            Failure::Refused(explain::failure("events", errno))
+        })?;
+        for event in events {
+            if cli.json {
+                writeln!(out, "{}", report::event_json(&event))?;
+            } else {
+                out.write_all(report::event_text(&event).as_bytes())?;
+            }
+            left -= 1;
+            if left == 0 {
+                break;
+            }
+        }
+        out.flush()?;
+        if left == 0 || !(follow || count.is_some()) {
+            return Ok(());
+        }
+    }
+}
