@@ -269,7 +269,7 @@ def kernel_make(kernel, directory):
 def build_modules(kernel):
     """virtio_guard.ko, attack.ko and guardtest; returns their directory."""
     sources = {"guest-driver": REPO / "guest-driver",
-               "attack": HERE / "attack"}
+               "attack": HERE / "attack", "guardtest": HERE / "guardtest"}
     with tempfile.TemporaryDirectory() as clean:
         # Hash what would be built, not what an earlier build left.
         digest = hashlib.sha256()
@@ -279,7 +279,6 @@ def build_modules(kernel):
             if file.is_file():
                 digest.update(str(file.relative_to(clean)).encode() + b"\0")
                 digest.update(file.read_bytes() + b"\0")
-        digest.update((HERE / "guardtest.c").read_bytes())
         digest.update(Path(__file__).read_bytes())
     final = cache_dir() / "modules" / f"{kernel.release}-{digest.hexdigest()[:16]}"
     with locked("modules"):
@@ -289,14 +288,43 @@ def build_modules(kernel):
         with built_into(final) as work:
             for name, source in sources.items():
                 copy_sources(source, work / name)
+            for name in ("guest-driver", "attack"):
                 kernel_make(kernel, work / name)
             for module in ("guest-driver/virtio_guard.ko", "attack/attack.ko"):
                 shutil.copyfile(work / module, work / Path(module).name)
                 run(["strip", "-g", work / Path(module).name])
             run(["gcc", "-static", "-O1", "-Wall", "-Wextra", "-Werror",
                  "-I", work / "guest-driver/include/uapi",
-                 "-o", work / "guardtest", HERE / "guardtest.c"])
+                 "-o", work / "guardtest/guardtest",
+                 *sorted((work / "guardtest").glob("*.c"))])
     return final
+
+
+def build_guardctl():
+    """guardctl, the program for the guest; returns its file. Cargo's directory
+    stays, so that a change does not build its dependencies anew."""
+    source = REPO / "guest-driver"
+    digest = hashlib.sha256()
+    for file in (REPO / "Cargo.lock", source / "Makefile",
+                 *sorted((source / "guardctl").rglob("*"))):
+        if file.suffix in (".rs", ".toml", ".lock") or file.name == "Makefile":
+            digest.update(str(file.relative_to(REPO)).encode() + b"\0")
+            digest.update(file.read_bytes() + b"\0")
+    base = cache_dir() / "guardctl"
+    final = base / digest.hexdigest()[:16]
+    with locked("guardctl"):
+        if not final.is_dir():
+            log("building guardctl")
+            env = {k: v for k, v in os.environ.items()
+                   if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+            run(["make", "-s", "-C", source, "guardctl"],
+                env={**env, "CARGO_TARGET_DIR": str(base / "target")})
+            with built_into(final) as work:
+                shutil.copy2(base / "target/x86_64-unknown-linux-gnu/release"
+                             / "guardctl", work)
+    if not is_static(final / "guardctl"):
+        raise KernelError(f"{final}/guardctl is not static")
+    return final / "guardctl"
 
 
 # --------------------------------------------------------------- initramfs
@@ -402,8 +430,8 @@ class Cpio:
         return bytes(self.out)
 
 
-def pack_initramfs(kernel, modules):
-    """The archive: busybox, /init, the modules, guardtest."""
+def pack_initramfs(kernel, modules, guardctl):
+    """The archive: busybox, /init, the modules, guardtest, guardctl."""
     base = with_dependencies(kernel, BASE_MODULES)
     # Order matters to some: virtio_pci registers drivers as it loads.
     extra = with_dependencies(kernel, WORK_MODULES)
@@ -418,7 +446,9 @@ def pack_initramfs(kernel, modules):
     # The kernel calls /sbin/modprobe itself.
     cpio.symlink("sbin/modprobe", "../bin/busybox")
     cpio.file("init", (HERE / "init").read_bytes())
-    cpio.file("guard/guardtest", (modules / "guardtest").read_bytes())
+    cpio.file("guard/guardtest",
+              (modules / "guardtest/guardtest").read_bytes())
+    cpio.file("guard/guardctl", guardctl.read_bytes())
     for name in ("virtio_guard.ko", "attack.ko"):
         cpio.file(f"guard/{name}", (modules / name).read_bytes(), 0o644)
     deps = []
@@ -434,8 +464,9 @@ def pack_initramfs(kernel, modules):
 
 def initramfs(kernel, modules):
     """The initramfs for `kernel` with `modules`, built if need be."""
+    guardctl = build_guardctl()
     digest = hashlib.sha256()
-    for path in (HERE / "init", Path(__file__), busybox()):
+    for path in (HERE / "init", Path(__file__), busybox(), guardctl):
         digest.update(path.read_bytes())
     final = modules.parent.parent / "initramfs" / (
         f"{modules.name}-{digest.hexdigest()[:16]}.cpio")
@@ -445,7 +476,7 @@ def initramfs(kernel, modules):
             final.parent.mkdir(parents=True, exist_ok=True)
             new = final.with_name(f".new-{os.getpid()}-{final.name}")
             try:
-                new.write_bytes(pack_initramfs(kernel, modules))
+                new.write_bytes(pack_initramfs(kernel, modules, guardctl))
                 os.rename(new, final)
             finally:
                 new.unlink(missing_ok=True)

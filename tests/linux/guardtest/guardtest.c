@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * What /dev/guard answers to good and bad calls, from inside the guest; and two
+ * What /dev/guard answers to good and bad calls, from inside the guest; and
  * small helpers of tests/linux/init.
  *
  *   guardtest ioctl          all cases, one line each; exit status 1 if one fails
+ *   guardtest events         the same for read() and poll()
+ *   guardtest hang-up DEV    the same for what they say when the device DEV goes
+ *   guardtest rights         the same for PROTECT, SEAL and QUERY
  *   guardtest info           the device's configuration, "name value" lines
  *   guardtest lock S E [A]   lock frames S to E (attributes A, default 1); prints
  *                            the errno, index and generation
+ *   guardtest page           prints the frame of a page that nobody else uses
  *   guardtest cmos [N]       read, or set to N, a byte that a reset leaves alone
  */
 #include <errno.h>
@@ -21,30 +25,45 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <linux/virtio_guard.h>
+#include "guardtest.h"
 
-#define PAGE	4096UL
-#define NO	VIRTIO_GUARD_NO_INDEX
-/* Far above any RAM, within what a page table entry can hold. */
-#define NO_RAM	(1ULL << 39)
+int failed;
 
-static int failed;
-
-static void report(const char *name, int ok)
+void report(const char *name, int ok)
 {
 	printf("guard-test: %s - %s\n", ok ? "ok" : "not ok", name);
 	fflush(stdout);
 	failed |= !ok;
 }
 
-static int lock_ranges(int fd, const struct guard_range *ranges, uint32_t count,
-		       struct guard_lock *req)
+/* GUARD_IOC_LOCK or GUARD_IOC_PROTECT; returns the errno. */
+int ask(int fd, unsigned long call, const struct guard_range *ranges,
+	uint32_t count, struct guard_lock *req)
 {
 	req->ranges = (uintptr_t)ranges;
 	req->count = count;
 	req->index = 12345;
 	req->generation = 12345;
-	return ioctl(fd, GUARD_IOC_LOCK, req) ? errno : 0;
+	return ioctl(fd, call, req) ? errno : 0;
+}
+
+static int lock_ranges(int fd, const struct guard_range *ranges, uint32_t count,
+		       struct guard_lock *req)
+{
+	return ask(fd, GUARD_IOC_LOCK, ranges, count, req);
+}
+
+/* GUARD_IOC_QUERY; returns the errno. */
+int query(int fd, uint64_t first, uint64_t last, struct guard_range *ranges,
+	  uint32_t room, struct guard_query *req)
+{
+	*req = (struct guard_query){
+		.gfn_start = first,
+		.gfn_end = last,
+		.ranges = (uintptr_t)ranges,
+		.count = room,
+	};
+	return ioctl(fd, GUARD_IOC_QUERY, req) ? errno : 0;
 }
 
 /* One call, which must end with this errno and name this entry. */
@@ -64,7 +83,7 @@ static void expect(int fd, const char *name, const struct guard_range *ranges,
 }
 
 /* The frame of a page of ours, which stays where it is. */
-static uint64_t frame_of(void *page)
+uint64_t frame_of(const void *page)
 {
 	uint64_t entry = 0;
 	int fd = open("/proc/self/pagemap", O_RDONLY);
@@ -83,9 +102,10 @@ static uint64_t frame_of(void *page)
  * them until the guest ends. Being shared, they are not copied for a child of
  * ours that stores to them either.
  */
-static unsigned char *pages(size_t count)
+unsigned char *pages(size_t count)
 {
-	unsigned char *at = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE,
+	unsigned char *at = mmap(NULL, count * PAGE,
+				 PROT_READ | PROT_WRITE | PROT_EXEC,
 				 MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE,
 				 -1, 0);
 	pid_t keeper;
@@ -112,23 +132,32 @@ static unsigned char *pages(size_t count)
 	return at;
 }
 
-/*
- * A store from user space. Whatever the host makes of it, the byte must stay;
- * a signal is the usual end.
- */
-static int store_refused(volatile unsigned char *at)
+/* Something else than what is there. */
+void store(volatile unsigned char *at)
 {
-	pid_t pid = fork();
+	*at = 0x42;
+}
+
+/*
+ * An access from user space. Whatever the host makes of it: a signal is the
+ * usual end, and a store must not be seen.
+ */
+int refused(void (*access)(volatile unsigned char *at),
+	    volatile unsigned char *at)
+{
+	pid_t pid;
 	int status;
 
+	fflush(stdout);
+	pid = fork();
 	if (!pid) {
 		/* A fault that the kernel takes for a stale TLB has no end. */
 		alarm(10);
-		*at = 0x42;
-		_exit(*at == 0x42 ? 1 : 0);
+		access(at);
+		_exit(access == store && *at != 0x42 ? 0 : 1);
 	}
 	waitpid(pid, &status, 0);
-	return *at == 0x5a && (WIFSIGNALED(status) || !WEXITSTATUS(status));
+	return WIFSIGNALED(status) || !WEXITSTATUS(status);
 }
 
 static void many_ranges(int fd, uint32_t most)
@@ -150,11 +179,53 @@ static void many_ranges(int fd, uint32_t most)
 	free(ranges);
 }
 
+/* What is the driver's to say, of calls that the device may not know yet. */
+static void test_newer_calls(int fd, const struct guard_range *good,
+			     uint64_t audit_bits)
+{
+	struct guard_range free_it = *good, found[2];
+	struct guard_query req;
+	struct guard_lock lock;
+	int err;
+
+	report("what can be watched is among what there is",
+	       !(audit_bits & ~0xfULL));
+	report("PROTECT without an argument, or a range: EFAULT, EINVAL",
+	       ioctl(fd, GUARD_IOC_PROTECT, NULL) && errno == EFAULT &&
+	       ask(fd, GUARD_IOC_PROTECT, good, 0, &lock) == EINVAL);
+	report("QUERY without an argument: EFAULT",
+	       ioctl(fd, GUARD_IOC_QUERY, NULL) && errno == EFAULT);
+	req = (struct guard_query){ .reserved = 1 };
+	report("QUERY with a reserved field: EINVAL",
+	       ioctl(fd, GUARD_IOC_QUERY, &req) && errno == EINVAL);
+
+	free_it.attributes = 0;
+	err = query(fd, good->gfn_start, good->gfn_end, found, 2, &req);
+	if (err == EOPNOTSUPP) {
+		struct guard_seal seal;
+
+		report("a device that knows only LOCK: EOPNOTSUPP",
+		       ask(fd, GUARD_IOC_PROTECT, &free_it, 1, &lock) == err &&
+		       lock.index == NO && !lock.generation &&
+		       ioctl(fd, GUARD_IOC_SEAL, &seal) && errno == err);
+		return;
+	}
+	report("QUERY finds the page", !err && req.count == 1 &&
+	       req.total == 1 && found[0].gfn_start == good->gfn_start &&
+	       found[0].gfn_end == good->gfn_end &&
+	       found[0].attributes ==
+	       (VIRTIO_GUARD_NOWRITE | VIRTIO_GUARD_IMMUTABLE));
+	report("PROTECT cannot free it: EPERM, entry 0",
+	       ask(fd, GUARD_IOC_PROTECT, &free_it, 1, &lock) == EPERM &&
+	       lock.index == 0);
+}
+
 static void test_ioctl(int fd)
 {
 	struct guard_range good = { 0, 0, VIRTIO_GUARD_NOWRITE };
 	struct guard_range r[3];
 	struct guard_info info, after;
+	struct guard_event event;
 	struct guard_lock req;
 	unsigned char *memory;
 	uint64_t gfn;
@@ -208,12 +279,19 @@ static void test_ioctl(int fd)
 	lock_ranges(fd, &good, 1, &req);
 	report("again, and the generation is the device's",
 	       req.generation == info.generation);
-	report("a store by user space is refused", store_refused(memory));
+	report("a store by user space is refused",
+	       refused(store, memory) && memory[0] == 0x5a);
+	test_newer_calls(fd, &good, info.audit_bits);
 	many_ranges(fd, info.max_request_ranges);
 
 	if (!setuid(65534))
 		report("without CAP_SYS_ADMIN: EPERM, on an open descriptor too",
 		       lock_ranges(fd, &good, 1, &req) == EPERM &&
+		       ask(fd, GUARD_IOC_PROTECT, &good, 1, &req) == EPERM &&
+		       query(fd, 0, 1, NULL, 0, &(struct guard_query){ 0 }) ==
+		       EPERM &&
+		       ioctl(fd, GUARD_IOC_SEAL, &info) && errno == EPERM &&
+		       read(fd, &event, sizeof(event)) < 0 && errno == EPERM &&
 		       ioctl(fd, GUARD_IOC_INFO, &info) && errno == EPERM &&
 		       open("/dev/guard", O_RDWR) < 0 && errno == EACCES);
 }
@@ -226,11 +304,12 @@ static int show_info(int fd)
 		perror("GUARD_IOC_INFO");
 		return 1;
 	}
-	printf("version %u\npage_size %u\ndeny_bits %#llx\n"
+	printf("version %u\npage_size %u\ndeny_bits %#llx\naudit_bits %#llx\n"
 	       "max_request_ranges %u\nmax_ranges %u\ngeneration %llu\n"
 	       "ranges_in_force %u\nviolations %llu\nevents_lost %llu\n"
 	       "malformed %llu\n", i.version, i.page_size,
-	       (unsigned long long)i.deny_bits, i.max_request_ranges,
+	       (unsigned long long)i.deny_bits,
+	       (unsigned long long)i.audit_bits, i.max_request_ranges,
 	       i.max_ranges, (unsigned long long)i.generation,
 	       i.ranges_in_force, (unsigned long long)i.violations,
 	       (unsigned long long)i.events_lost,
@@ -263,6 +342,12 @@ int main(int argc, char **argv)
 
 	if (argc >= 2 && !strcmp(argv[1], "cmos"))
 		return cmos(argc > 2 ? argv[2] : NULL);
+	if (argc == 2 && !strcmp(argv[1], "page")) {
+		printf("%llu\n", (unsigned long long)frame_of(pages(1)));
+		return 0;
+	}
+	if (argc == 3 && !strcmp(argv[1], "hang-up"))
+		return test_hang_up(argv[2]);
 
 	fd = open("/dev/guard", O_RDWR | O_CLOEXEC);
 	if (fd < 0) {
@@ -271,6 +356,14 @@ int main(int argc, char **argv)
 	}
 	if (argc == 2 && !strcmp(argv[1], "ioctl")) {
 		test_ioctl(fd);
+		return failed;
+	}
+	if (argc == 2 && !strcmp(argv[1], "events")) {
+		test_events(fd);
+		return failed;
+	}
+	if (argc == 2 && !strcmp(argv[1], "rights")) {
+		test_rights(fd);
 		return failed;
 	}
 	if (argc == 2 && !strcmp(argv[1], "info"))
@@ -285,6 +378,6 @@ int main(int argc, char **argv)
 		       (unsigned long long)req.generation);
 		return !!err;
 	}
-	fprintf(stderr, "usage: guardtest ioctl | info | lock START END [ATTRS] | cmos [N]\n");
+	fprintf(stderr, "usage: guardtest ioctl | events | hang-up DEV | rights | info | lock START END [ATTRS] | page | cmos [N]\n");
 	return 2;
 }
