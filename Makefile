@@ -23,6 +23,10 @@ build: setup companion qemu ## the companion and the patched QEMU
 companion:
 	$(CARGO) build --release --locked
 
+.PHONY: guardctl
+guardctl: ## the program for the guest, static
+	@$(MAKE) --no-print-directory -C guest-driver guardctl CARGO=$(CARGO)
+
 .PHONY: qemu
 qemu: setup
 	@qemu-patches/build
