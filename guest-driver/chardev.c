@@ -27,11 +27,10 @@ static_assert(sizeof(struct guard_query) == 40);
 static_assert(sizeof(struct guard_info) == 72);
 
 /* GUARD_IOC_LOCK and GUARD_IOC_PROTECT differ in what is asked for. */
-typedef int guard_ranges_fn(const struct guard_range *ranges, u32 count,
-			    u32 *index, u64 *generation);
-
 static long guard_ioctl_ranges(struct guard_lock __user *arg,
-			       guard_ranges_fn *ask)
+			       int (*ask)(const struct guard_range *ranges,
+					  u32 count, u32 *index,
+					  u64 *generation))
 {
 	struct guard_range *ranges;
 	struct guard_info info;

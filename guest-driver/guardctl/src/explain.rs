@@ -53,13 +53,20 @@ fn entry(errno: Errno, info: Option<&Info>) -> String {
         Errno::OPNOTSUPP => match info {
             Some(info) => format!(
                 "this host cannot do that: it can deny {} and watch {}",
-                Rights::denied(info.deny_bits),
-                Rights::denied(info.audit_bits)
+                some(info.deny_bits),
+                some(info.audit_bits)
             ),
             None => "this host cannot do that (see guardctl info)".into(),
         },
         Errno::BUSY => "an emulated device is using this memory at the moment: try again".into(),
         errno => whole(errno, info),
+    }
+}
+
+fn some(bits: u64) -> String {
+    match Rights::denied(bits) {
+        Rights(0) => "nothing".into(),
+        rights => rights.to_string(),
     }
 }
 

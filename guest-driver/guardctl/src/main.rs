@@ -152,6 +152,8 @@ fn events(cli: &Cli, follow: bool, count: Option<u64>) -> Result<(), Failure> {
     let mut device = open(cli)?;
     let mut out = io::stdout().lock();
     let mut left = count.unwrap_or(u64::MAX);
+    // The host counts from long before: only what is added while this runs is of interest.
+    let mut lost_before = None;
     if !cli.json {
         out.write_all(report::events_head().as_bytes())?;
         out.flush()?;
@@ -165,8 +167,10 @@ fn events(cli: &Cli, follow: bool, count: Option<u64>) -> Result<(), Failure> {
             if cli.json {
                 writeln!(out, "{}", report::event_json(&event))?;
             } else {
-                out.write_all(report::event_text(&event).as_bytes())?;
+                let lost = event.lost.saturating_sub(lost_before.unwrap_or(event.lost));
+                out.write_all(report::event_text(&event, lost).as_bytes())?;
             }
+            lost_before = Some(event.lost);
             left -= 1;
             if left == 0 {
                 break;

@@ -161,13 +161,17 @@ pub(crate) fn events_head() -> String {
     )
 }
 
-/// A line of the table of events.
-pub(crate) fn event_text(event: &Event) -> String {
+/// A line of the table of events, after what is missing before it. `host_lost` of those the host
+/// had no room for.
+pub(crate) fn event_text(event: &Event, host_lost: u64) -> String {
     let known = |value: u64| match value {
         UNKNOWN => "-".to_string(),
         value => format!("{value:#018x}"),
     };
     let mut text = String::new();
+    if host_lost > 0 {
+        let _ = writeln!(text, "(the host had no room for {host_lost} events)");
+    }
     if event.dropped > 0 {
         let _ = writeln!(
             text,
@@ -249,8 +253,9 @@ mod tests {
 
     #[test]
     fn an_event() {
-        let text = event_text(&EVENT);
+        let text = event_text(&EVENT, 4);
         let mut lines = text.lines();
+        assert_eq!(lines.next().unwrap(), "(the host had no room for 4 events)");
         assert!(lines.next().unwrap().starts_with("(7 events"));
         let words: Vec<_> = lines.next().unwrap().split_whitespace().collect();
         assert_eq!(
@@ -284,8 +289,8 @@ mod tests {
             dropped: 0,
             ..EVENT
         };
-        assert_eq!(event_text(&event).lines().count(), 1);
-        assert!(event_text(&event).contains(" device "));
+        assert_eq!(event_text(&event, 0).lines().count(), 1);
+        assert!(event_text(&event, 0).contains(" device "));
         let json = event_json(&event).to_string();
         assert!(json.contains(r#""vcpu":null"#), "{json}");
         assert!(json.contains(r#""value":null,"size":null"#), "{json}");

@@ -176,7 +176,7 @@ static void test_rights_of(int fd, unsigned char *page, uint64_t deny_bits)
 	if (deny_bits & VIRTIO_GUARD_NOREAD)
 		test_right(fd, page, "a load", VIRTIO_GUARD_NOREAD, load,
 			   VIRTIO_GUARD_ACCESS_READ);
-	if ((deny_bits & VIRTIO_GUARD_NOREAD)) {
+	if (deny_bits & VIRTIO_GUARD_NOREAD) {
 		protect(fd, page, VIRTIO_GUARD_NOREAD | VIRTIO_GUARD_NOWRITE);
 		report("a page that is execute-only is executed",
 		       !refused(run, page));
