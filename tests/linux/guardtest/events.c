@@ -227,7 +227,8 @@ static int write_name(const char *file, const char *name)
 /* The device goes while somebody reads, and comes back. */
 int test_hang_up(const char *device)
 {
-	int waiting = open_guard(O_RDONLY), idle = open_guard(O_RDONLY);
+	int waiting = open_guard(O_RDONLY);
+	int idle = open_guard(O_RDONLY | O_NONBLOCK);
 	struct guard_event event;
 	struct guard_info info;
 	int fresh, status;
@@ -248,7 +249,7 @@ int test_hang_up(const char *device)
 	       (poll_guard(idle, 0) & (POLLHUP | POLLIN)) == POLLHUP);
 	report("a read after it: ENODEV",
 	       read(idle, &event, sizeof(event)) < 0 && errno == ENODEV);
-	fresh = open_guard(O_RDONLY);
+	fresh = open_guard(O_RDONLY | O_NONBLOCK);
 	report("a file that is opened without a device: ENODEV",
 	       read(fresh, &event, sizeof(event)) < 0 && errno == ENODEV &&
 	       ioctl(fresh, GUARD_IOC_INFO, &info) && errno == ENODEV);
