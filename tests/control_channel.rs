@@ -32,6 +32,13 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
     let greeted = [hello(), message(STATE, 0, &state_payload(1, &[]))].concat();
     let after = |bytes: Vec<u8>| [hello(), bytes].concat();
     let after_state = |bytes: Vec<u8>| [greeted.clone(), bytes].concat();
+    let violation = |access, action| {
+        message(
+            VIOLATION,
+            0,
+            &vm_guard::violation_with(access, action, 0, 0x1000, 1, 0),
+        )
+    };
     let header = |kind: u16, length: u32| patched(message(kind, 0, &[]), 4, &length.to_le_bytes());
     let cases: Vec<(&str, Vec<u8>)> = vec![
         (
@@ -41,12 +48,19 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
         ("first message was not HELLO", message(RESET, 0, &[0; 8])),
         ("second HELLO", after(hello())),
         ("magic", patched(hello(), 16, b"X")),
-        ("version 2", patched(hello(), 20, &[2])),
+        (
+            "HELLO of version 1; this is version 2",
+            patched(hello(), 20, &[1]),
+        ),
+        ("HELLO of version 3", patched(hello(), 20, &[3])),
+        ("policy is 0x0", patched(hello(), 60, &[0])),
+        ("policy is 0x5", patched(hello(), 60, &[5])),
         ("accel is 0x3", patched(hello(), 24, &[3])),
         ("page_shift is 0xe", patched(hello(), 28, &[14])),
         ("max_request_ranges is 0x0", patched(hello(), 52, &[0, 0])),
         ("unknown type 0x0", message(0, 0, &[])),
         ("unknown type 0x102", after(message(0x102, 0, &[]))),
+        ("unknown type 0x104", after(message(0x104, 0, &[0; 16]))),
         ("flags 0x100", patched(hello(), 2, &[0, 1])),
         ("type 0x1 with 55 bytes", header(HELLO, 55)),
         ("type 0x1 with 57 bytes", header(HELLO, 57)),
@@ -67,6 +81,16 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
             after(range(0, 1 << 52, LOCKED)),
         ),
         ("attributes of range 0", after(range(0, 1, 1 << 40))),
+        ("attributes of range 0", after(range(0, 1, 0x1001))),
+        (
+            "range 0 in STATE has attributes 0x0, as no page has",
+            after(range(0, 1, 0)),
+        ),
+        (
+            "has attributes 0x8000000000000000",
+            after(range(0, 1, IMMUTABLE)),
+        ),
+        ("has attributes 0x101", after(range(0, 1, 0x101))),
         (
             "range 1 in STATE does not lie above",
             after(message(
@@ -91,6 +115,10 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
             "type of VIOLATION is 0x2",
             after(message(VIOLATION, 0, &patched(vec![0; 64], 0, &[2]))),
         ),
+        ("access of VIOLATION is 0x0", after(violation(0, 1))),
+        ("access of VIOLATION is 0x4", after(violation(4, 1))),
+        ("action of VIOLATION is 0x0", after(violation(1, 0))),
+        ("action of VIOLATION is 0x6", after(violation(3, 6))),
     ];
     for (reason, bytes) in cases {
         // One companion for each, because the log is rate-limited.

@@ -5,7 +5,7 @@
 mod common;
 
 use common::guest::Used;
-use common::vm_guard::{VIOLATION, violation_payload};
+use common::vm_guard::{VIOLATION, violation_payload, violation_with};
 use common::*;
 
 impl Setup {
@@ -59,26 +59,71 @@ fn a_violation_fills_a_waiting_buffer_field_by_field() {
     assert_eq!(g.read::<u32>(at + 56), 1, "action");
     assert_eq!(g.read::<u32>(at + 60), 0, "reserved");
     s.companion.wait_for_log(
-        "violation: access=write source=vcpu3 gpa=0x12345 gva=0xffff800000001234 \
+        "violation: refused write by vcpu3 at gpa=0x12345 gva=0xffff800000001234 \
          rip=0xffffffff81000000 size=8 value=0xabcd times=2 action=inject",
     );
 }
 
 #[test]
-fn the_same_page_and_source_coalesce_while_no_buffer_is_there() {
+fn the_same_access_to_the_same_address_coalesces_while_no_buffer_is_there() {
     let mut s = Setup::new();
-    s.violate(0, 0x1000, 1);
-    s.violate(0, 0x1ff8, 2);
-    s.violate(1, 0x1000, 1);
-    s.violate(0, 0x2000, 0);
-    s.violate(0, 0x1008, 4);
-    s.wait_for_violations(9);
-    assert_eq!(s.take_event(0), (0, 0x1000, 7, 0));
-    assert_eq!(s.take_event(1), (1, 0x1000, 1, 0));
-    assert_eq!(s.take_event(2), (0, 0x2000, 1, 0));
+    // Access, action, source, address, times.
+    let seen = [
+        (1, 1, 0, 0x1000, 1),
+        (1, 1, 0, 0x1ff8, 2),
+        (1, 1, 1, 0x1000, 1),
+        (1, 1, 0, 0x2000, 0),
+        (3, 1, 0, 0x1000, 1),
+        (1, 5, 0, 0x1000, 1),
+        (1, 1, 0, 0x1000, 4),
+        (1, 5, 0, 0x1000, 2),
+    ];
+    for (access, action, source, gpa, times) in seen {
+        let payload = violation_with(access, action, source, gpa, times, 0);
+        s.vm_guard.send(VIOLATION, 0, &payload);
+    }
+    s.wait_for_violations(13);
+    let told = [
+        (0, 0x1000, 5, 0),
+        (0, 0x1ff8, 2, 0),
+        (1, 0x1000, 1, 0),
+        (0, 0x2000, 1, 0),
+        (0, 0x1000, 1, 0),
+        (0, 0x1000, 3, 0),
+    ];
+    for (head, event) in (0..).zip(told) {
+        assert_eq!(s.take_event(head), event, "{head}");
+    }
     // What was told is not counted again.
     s.violate(0, 0x1000, 1);
-    assert_eq!(s.take_event(3), (0, 0x1000, 1, 0));
+    assert_eq!(s.take_event(7), (0, 0x1000, 1, 0));
+}
+
+#[test]
+fn each_kind_of_access_is_told_and_logged_by_its_name() {
+    let mut s = Setup::new();
+    let cases = [
+        (1, 2, 0, "refused write by vcpu0", "action=drop"),
+        (2, 3, 7, "refused fetch by vcpu7", "action=pause"),
+        (3, 4, !0, "refused read by device", "action=shutdown"),
+        (3, 5, 2, "watched read by vcpu2", "action=audit"),
+        (1, 5, !0, "watched write by device", "action=audit"),
+    ];
+    for (head, (access, action, source, text, end)) in (0..).zip(cases) {
+        let at = s.guest.post_event_buffer(head, 64);
+        s.front_end.kick(1);
+        let payload = violation_with(access, action, source, 0x5000, 1, 0);
+        s.vm_guard.send(VIOLATION, 0, &payload);
+        assert_eq!(s.guest.used(1), Used { head, len: 64 });
+        assert_eq!(s.guest.read::<u16>(at + 2), u16::from(access));
+        assert_eq!(s.guest.read::<u32>(at + 4), source);
+        assert_eq!(s.guest.read::<u32>(at + 56), action);
+        s.companion
+            .wait_for_log(&format!("violation: {text} at gpa=0x5000"));
+        let log = s.companion.log();
+        let line = log.lines().find(|line| line.contains(text)).unwrap();
+        assert!(line.ends_with(end), "{line}");
+    }
 }
 
 #[test]

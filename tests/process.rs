@@ -349,19 +349,19 @@ fn every_part_of_the_configuration_space_can_be_read_and_none_written() {
     use vhost::vhost_user::message::VhostUserConfigFlags;
 
     let mut s = Setup::new();
-    let all = s.front_end.config_bytes(0, 64);
-    for (offset, size) in [(0, 1), (8, 8), (24, 40), (63, 1)] {
+    let all = s.front_end.config_bytes(0, 72);
+    for (offset, size) in [(0, 1), (8, 8), (24, 40), (64, 8), (71, 1)] {
         let part = &all[offset as usize..(offset + size) as usize];
         assert_eq!(s.front_end.config_bytes(offset, size), part);
     }
     assert_eq!(
-        s.front_end.config_bytes(60, 100),
-        [&all[60..], &[0; 96]].concat()
+        s.front_end.config_bytes(68, 100),
+        [&all[68..], &[0; 96]].concat()
     );
     assert_eq!(s.front_end.config_bytes(200, 56), [0; 56]);
     s.front_end
         .frontend
-        .set_config(0, VhostUserConfigFlags::empty(), &[0xff; 64])
+        .set_config(0, VhostUserConfigFlags::empty(), &[0xff; 72])
         .unwrap();
-    assert_eq!(s.front_end.config_bytes(0, 64), all);
+    assert_eq!(s.front_end.config_bytes(0, 72), all);
 }

@@ -29,11 +29,10 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::wire::{self, MAX_QUEUE_SIZE};
+use super::wire::{MAX_QUEUE_SIZE, Rights};
 use super::{CONTROL, Device, EVENTS};
 use crate::fd;
 use crate::log_limit::{LogLimit, log_limited};
-use crate::protect::Deny;
 
 static REFUSED: LogLimit = LogLimit::new(5);
 
@@ -52,7 +51,7 @@ pub struct Backend {
     device: Arc<Device>,
     again: EventFd,
     /// What this connection was offered: it must not change while it lasts.
-    offered: OnceLock<Deny>,
+    offered: OnceLock<Rights>,
     worker: Arc<Worker>,
     exit_event: Mutex<Option<RawFd>>,
 }
@@ -126,8 +125,8 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        let deny = *self.offered.get_or_init(|| self.device.deny_bits(PATIENCE));
-        wire::features_of(deny)
+        let rights = *self.offered.get_or_init(|| self.device.rights(PATIENCE));
+        rights.features()
             | 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
             | 1 << VIRTIO_RING_F_EVENT_IDX

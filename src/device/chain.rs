@@ -6,14 +6,10 @@
 //! memory and virtio's rules, and nothing of what a request means.
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
-use crate::protect::{Deny, GfnRange, Table};
-
+use super::guarded::Guarded;
 use super::wire::{Errno, MAX_DESCRIPTORS, MAX_REQUEST_SIZE, REQUEST_HEADER_SIZE};
-
-/// A snapshot of the guest's memory map.
-pub(super) type Memory = GuestMemoryLoadGuard<GuestMemoryMmap>;
 
 /// A chain whose device-writable part can hold an answer.
 #[derive(Debug)]
@@ -24,10 +20,11 @@ pub(super) struct Chain {
     total: u64,
 }
 
-/// The first bytes of a chain's device-writable part, as many as an answer has.
+/// A chain's device-writable part.
 #[derive(Debug)]
 pub(super) struct Answer {
     pieces: Vec<(GuestAddress, usize)>,
+    room: u64,
 }
 
 /// The chain cannot hold an answer, and is returned with length 0.
@@ -35,21 +32,24 @@ pub(super) struct Answer {
 pub(super) struct Malformed;
 
 impl Chain {
-    /// Takes a chain apart that is to hold an answer of `answer_size` bytes.
+    /// Takes a chain apart that is to hold an answer of at least `answer_size` bytes.
     ///
     /// # Errors
     ///
-    /// [`Malformed`] if it cannot: the writable part is too short or outside guest memory, a
-    /// readable descriptor follows a writable one, or the chain loops or breaks off.
+    /// [`Malformed`] if it cannot: the writable part is too short, or so many bytes of it are
+    /// outside guest memory or in a locked page; a readable descriptor follows a writable one; or
+    /// the chain loops or breaks off.
     pub(super) fn walk(
-        memory: &Memory,
+        guest: &Guarded<'_>,
         chain: impl Iterator<Item = Descriptor>,
         answer_size: usize,
     ) -> Result<Self, Malformed> {
         let mut readable = Ok(Vec::new());
         let mut total = 0;
-        let mut pieces = Vec::new();
-        let mut missing = answer_size;
+        let mut answer = Answer {
+            pieces: Vec::new(),
+            room: 0,
+        };
         let mut writable_seen = false;
         let mut descriptors = 0;
         let mut ends = false;
@@ -58,37 +58,38 @@ impl Chain {
             descriptors += 1;
             ends = !descriptor.has_next();
             let (address, len) = (descriptor.addr(), descriptor.len() as usize);
-            let exists = memory.check_range(address, len);
+            // What is beyond the limit is refused below, and need not be kept.
+            let keep = descriptors <= MAX_DESCRIPTORS;
             if descriptor.is_write_only() {
                 writable_seen = true;
-                if !exists {
-                    return Err(Malformed);
+                if !guest.exists(address, len) {
+                    readable = Err(Errno::Efault);
                 }
-                let take = len.min(missing);
-                if take > 0 {
-                    pieces.push((address, take));
-                    missing -= take;
+                if len > 0 && (keep || answer.room < answer_size as u64) {
+                    answer.pieces.push((address, len));
+                    answer.room += len as u64;
                 }
             } else if writable_seen {
                 return Err(Malformed);
             } else {
                 total += u64::from(descriptor.len());
                 match &mut readable {
-                    Ok(_) if !exists => readable = Err(Errno::Efault),
-                    // What is beyond the limit is refused below, and need not be kept.
-                    Ok(list) if descriptors <= MAX_DESCRIPTORS => list.push((address, len)),
+                    Ok(_) if !guest.check_range(address, len, Permissions::Read) => {
+                        readable = Err(Errno::Efault);
+                    }
+                    Ok(list) if keep => list.push((address, len)),
                     _ => {}
                 }
             }
         }
-        if !ends || missing > 0 {
+        if !ends || !answer.can_take(guest, answer_size) {
             return Err(Malformed);
         }
         if descriptors > MAX_DESCRIPTORS || total < REQUEST_HEADER_SIZE as u64 {
             readable = Err(Errno::Einval);
         }
         Ok(Self {
-            answer: Answer { pieces },
+            answer,
             readable,
             total,
         })
@@ -104,7 +105,7 @@ impl Chain {
     /// # Errors
     ///
     /// The errno for a request that cannot be read.
-    pub(super) fn copy(&self, memory: &Memory) -> Result<Vec<u8>, Errno> {
+    pub(super) fn copy(&self, guest: &Guarded<'_>) -> Result<Vec<u8>, Errno> {
         let pieces = self.readable.as_ref().map_err(|&errno| errno)?;
         let size = match usize::try_from(self.total) {
             Ok(total) if total <= MAX_REQUEST_SIZE => total,
@@ -114,7 +115,7 @@ impl Chain {
         let mut rest = bytes.as_mut_slice();
         for &(address, len) in pieces {
             let (piece, behind) = rest.split_at_mut(len.min(rest.len()));
-            memory
+            guest
                 .read_slice(piece, address)
                 .map_err(|_| Errno::Efault)?;
             rest = behind;
@@ -123,29 +124,40 @@ impl Chain {
     }
 }
 
-/// Whether the guest may not write some of the `len` bytes at `address`.
-pub(super) fn is_locked(table: &Table, address: GuestAddress, len: usize) -> bool {
-    GfnRange::of_bytes(address.0, len as u64)
-        .is_some_and(|frames| table.denies(frames, Deny::NOWRITE))
-}
-
 impl Answer {
-    /// Whether some of it is on a page that the guest may not write. This process can, so it must
-    /// not be made to do it in the guest's place.
-    pub(super) fn is_locked(&self, table: &Table) -> bool {
-        self.pieces
-            .iter()
-            .any(|&(address, len)| is_locked(table, address, len))
+    /// How many bytes it can hold, if all of it is there and may be written.
+    pub(super) fn room(&self) -> u64 {
+        self.room
     }
 
-    /// Writes `bytes` into the memory that the guest has now. False if some of what the driver
-    /// named is not there any more.
-    pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> bool {
+    /// Whether its first `len` bytes are in memory that the guest has and may write. This process
+    /// can write the rest too, so it must not be made to do it in the guest's place.
+    fn can_take(&self, guest: &Guarded<'_>, len: usize) -> bool {
+        self.room >= len as u64
+            && self
+                .first(len)
+                .all(|(address, len)| guest.check_range(address, len, Permissions::Write))
+    }
+
+    /// Writes `bytes` into the memory that the guest has now. False, and nothing is written, if
+    /// some of what the driver named is too little, locked, or not there any more.
+    pub(super) fn write(&self, guest: &Guarded<'_>, bytes: &[u8]) -> bool {
         let mut rest = bytes;
-        self.pieces.iter().all(|&(address, len)| {
-            let (piece, behind) = rest.split_at(len.min(rest.len()));
-            rest = behind;
-            memory.write_slice(piece, address).is_ok()
+        self.can_take(guest, bytes.len())
+            && self.first(bytes.len()).all(|(address, len)| {
+                let (piece, behind) = rest.split_at(len);
+                rest = behind;
+                guest.write_slice(piece, address).is_ok()
+            })
+    }
+
+    /// The pieces that hold the first `len` bytes.
+    fn first(&self, len: usize) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+        let mut missing = len;
+        self.pieces.iter().map_while(move |&(address, len)| {
+            let take = len.min(missing);
+            missing -= take;
+            (take > 0).then_some((address, take))
         })
     }
 }

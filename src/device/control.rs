@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The life of a request: popped, checked, sent to the VM's owner one at a time, answered in the
-//! order in which the driver made it available.
+//! The life of a request: popped, checked, sent to the VM's owner one at a time or answered from
+//! the table, in the order in which the driver made it available.
 //!
 //! That order is what makes "no request lost, none answered twice" true: after the death of a
 //! companion QEMU has only the used index to go by. Knows the ring's rules and the enforcer; who
@@ -11,20 +11,27 @@ use std::collections::VecDeque;
 
 use super::chain::Answer;
 use super::ring::{Fault, Left, Popped, Turn};
-use super::wire::{self, Errno, Limits, QUEUE_SIZE, RESPONSE_SIZE, Refusal};
-use crate::protect::Protection;
+use super::wire::{self, Errno, Limits, QUEUE_SIZE, RESPONSE_SIZE, Refusal, Request};
+use crate::protect::{GfnRange, Loosens, Order};
 use crate::vm::enforcer::Outcome;
+
+/// A query that finds so many ranges takes as long as a chain of the longest.
+const RANGES_PER_TURN: usize = 1024;
 
 /// Requests that were popped and not given back, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
-    pending: VecDeque<Request>,
+    pending: VecDeque<Pending>,
     /// Chains given back unanswered, since the VM is known.
     pub(super) malformed: u64,
+    /// Requests answered with status 0, since the VM is known.
+    pub(super) ok: u64,
+    /// Requests answered with another.
+    pub(super) refused: u64,
 }
 
 #[derive(Debug)]
-struct Request {
+struct Pending {
     /// Its place in the avail ring.
     position: u16,
     head: u16,
@@ -33,11 +40,8 @@ struct Request {
 
 #[derive(Debug)]
 enum State {
-    /// The VM's owner is to carry it out, or is about it.
-    Asked {
-        answer: Answer,
-        protections: Vec<Protection>,
-    },
+    /// The VM's owner is to carry it out, or is about it; or the table has to settle first.
+    Asked { answer: Answer, request: Request },
     /// Only older requests are in the way.
     Answered {
         answer: Answer,
@@ -48,15 +52,21 @@ enum State {
 }
 
 impl Requests {
-    /// Gives back what can be, and pops what there is, up to the queue's size.
-    pub(super) fn serve(&mut self, turn: &mut Turn<'_>, limits: Limits) -> Result<Left, Fault> {
-        self.give_back(turn)?;
+    /// Gives back what can be, and pops what there is, up to the queue's size. The table is
+    /// `settled` if it is known to be what is in force, and nothing is about to change it.
+    pub(super) fn serve(
+        &mut self,
+        turn: &mut Turn<'_>,
+        limits: Limits,
+        settled: bool,
+    ) -> Result<Left, Fault> {
+        self.give_back(turn, settled)?;
         if self.is_full() {
             return Ok(Left::Nothing);
         }
         turn.drain(|turn, popped| {
             self.take(turn, popped, limits);
-            self.give_back(turn)?;
+            self.give_back(turn, settled)?;
             Ok(!self.is_full())
         })
     }
@@ -66,7 +76,7 @@ impl Requests {
         self.pending.len() >= usize::from(QUEUE_SIZE)
     }
 
-    fn take(&mut self, turn: &mut Turn<'_>, popped: Popped, limits: Limits) {
+    fn take(&mut self, turn: &mut Turn<'_>, popped: Popped<'_>, limits: Limits) {
         let Popped {
             position,
             head,
@@ -76,15 +86,12 @@ impl Requests {
             Err(_) => State::Malformed,
             Ok(chain) => {
                 let request = chain
-                    .copy(turn.memory)
+                    .copy(turn.guest())
                     .map_err(Refusal::from)
                     .and_then(|bytes| wire::parse_request(&bytes, chain.total(), limits));
                 let answer = chain.answer;
                 match request {
-                    Ok(protections) => State::Asked {
-                        answer,
-                        protections,
-                    },
+                    Ok(request) => State::Asked { answer, request },
                     Err(refusal) => State::Answered {
                         answer,
                         response: Err(refusal),
@@ -92,49 +99,72 @@ impl Requests {
                 }
             }
         };
-        self.pending.push_back(Request {
+        self.pending.push_back(Pending {
             position,
             head,
             state,
         });
     }
 
-    fn give_back(&mut self, turn: &mut Turn<'_>) -> Result<(), Fault> {
-        while let Some(request) = self.pending.front() {
-            let written = match &request.state {
+    fn give_back(&mut self, turn: &mut Turn<'_>, settled: bool) -> Result<(), Fault> {
+        while let Some(pending) = self.pending.front() {
+            let (written, ok) = match &pending.state {
+                State::Asked {
+                    answer,
+                    request: Request::Query(range),
+                } if settled => (tell(turn, answer, *range), true),
                 State::Asked { .. } => break,
                 State::Answered { answer, response } => {
-                    turn.write(answer, &wire::encode_response(*response))
+                    let written = turn.write(answer, &wire::encode_response(*response));
+                    (written.then_some(RESPONSE_SIZE), response.is_ok())
                 }
-                State::Malformed => false,
+                State::Malformed => (None, false),
             };
-            turn.give_back(request.head, if written { RESPONSE_SIZE } else { 0 })?;
-            self.malformed += u64::from(!written);
+            turn.give_back(pending.head, written.unwrap_or(0))?;
+            let counter = match (written, ok) {
+                (None, _) => &mut self.malformed,
+                (Some(_), true) => &mut self.ok,
+                (Some(_), false) => &mut self.refused,
+            };
+            *counter += 1;
             self.pending.pop_front();
         }
         Ok(())
     }
 
-    /// The request that the VM's owner is to carry out next.
-    pub(super) fn next(&self) -> Option<&[Protection]> {
+    /// What the VM's owner is to carry out next.
+    pub(super) fn next(&self) -> Option<&Order> {
         match &self.pending.front()?.state {
-            State::Asked { protections, .. } => Some(protections),
+            State::Asked {
+                request: Request::Order(order),
+                ..
+            } => Some(order),
             _ => None,
         }
     }
 
     /// How the request that [`Requests::next`] named has ended.
     pub(super) fn finish(&mut self, outcome: Outcome) {
-        if let Some(request) = self.pending.front_mut() {
-            request.answer(response_of(outcome));
+        if let Some(pending) = self.pending.front_mut() {
+            pending.answer(response_of(outcome));
+        }
+    }
+
+    /// The request that [`Requests::next`] named is not to be carried out.
+    pub(super) fn refuse(&mut self, Loosens { index }: Loosens) {
+        if let Some(pending) = self.pending.front_mut() {
+            pending.answer(Err(Refusal {
+                errno: Errno::Eperm,
+                index: u32::try_from(index).ok(),
+            }));
         }
     }
 
     /// Answers all that wait for the VM's owner with `errno`.
     pub(super) fn refuse_all(&mut self, errno: Errno) {
-        for request in &mut self.pending {
-            if matches!(request.state, State::Asked { .. }) {
-                request.answer(Err(errno.into()));
+        for pending in &mut self.pending {
+            if matches!(pending.state, State::Asked { .. }) {
+                pending.answer(Err(errno.into()));
             }
         }
     }
@@ -142,19 +172,27 @@ impl Requests {
     /// The ring has stopped: forgets all requests. Returns the place of the oldest in the avail
     /// ring, from which on they are to be popped again.
     pub(super) fn give_up(&mut self) -> Option<u16> {
-        let oldest = self.pending.front().map(|request| request.position);
+        let oldest = self.pending.front().map(|pending| pending.position);
         self.pending.clear();
         oldest
     }
 }
 
-impl Request {
+impl Pending {
     fn answer(&mut self, response: Result<u64, Refusal>) {
         self.state = match std::mem::replace(&mut self.state, State::Malformed) {
             State::Asked { answer, .. } => State::Answered { answer, response },
             other => other,
         };
     }
+}
+
+/// Answers a query from the table. Returns how many bytes were written.
+fn tell(turn: &mut Turn<'_>, answer: &Answer, range: GfnRange) -> Option<usize> {
+    let held = turn.guest().table().within(range);
+    let (bytes, found) = wire::encode_query(held, answer.room());
+    turn.spend(found as usize / RANGES_PER_TURN);
+    turn.write(answer, &bytes).then_some(bytes.len())
 }
 
 /// What the driver is told. A status that the device's specification does not have becomes EIO.
@@ -176,14 +214,19 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
     use super::*;
-    use crate::protect::{Attributes, Deny, GfnRange, Table};
+    use crate::device::guarded::Guarded;
+    use crate::device::wire::Rights;
+    use crate::protect::{Attributes, Deny, Protection, Table};
 
     const AVAIL: u64 = 0x1000;
     const USED: u64 = 0x2000;
     const REQUEST: u64 = 0x3000;
     const RESPONSE: u64 = 0x4000;
     const LIMITS: Limits = Limits {
-        deny: Deny::NOWRITE,
+        rights: Rights {
+            deny: Deny::NOWRITE,
+            audit: Deny::empty(),
+        },
         max_request_ranges: 4096,
     };
 
@@ -241,10 +284,8 @@ mod tests {
 
         fn serve(&mut self, requests: &mut Requests) -> Result<Left, Fault> {
             let memory = self.memory.memory();
-            requests.serve(
-                &mut Turn::new(&mut self.queue, &memory, &self.table),
-                LIMITS,
-            )
+            let guest = Guarded::new(&memory, &self.table);
+            requests.serve(&mut Turn::new(&mut self.queue, &guest), LIMITS, true)
         }
     }
 
@@ -258,7 +299,7 @@ mod tests {
         };
         let lock = Protection {
             range: GfnRange::of_bytes(RESPONSE, 16).unwrap(),
-            attributes: Attributes::locked(Deny::NOWRITE),
+            attributes: Attributes::new(Deny::NOWRITE, Deny::empty()),
         };
         let answer = |guest: &Guest| -> [u64; 2] {
             guest
@@ -271,7 +312,7 @@ mod tests {
             let mut guest = Guest::new(1);
             guest.write(RESPONSE, [!0, !0]);
             if locked_before {
-                guest.table.add(&lock);
+                guest.table.tell(&lock);
             }
             let mut requests = Requests::default();
             guest.set_avail_idx(1);
@@ -282,7 +323,7 @@ mod tests {
                 "it is not carried out"
             );
             if !locked_before {
-                guest.table.add(&lock);
+                guest.table.tell(&lock);
                 requests.finish(DONE);
                 guest.serve(&mut requests).unwrap();
             }

@@ -2,7 +2,7 @@
 
 //! The bounded store of violations that wait for a driver to take them.
 //!
-//! What the same source does to the same page counts as one event; when the store is full, the
+//! What the same source does to the same address counts as one event; when the store is full, the
 //! newest is dropped and counted. Nothing waits for the driver. Knows no locks and no threads.
 
 use std::collections::VecDeque;
@@ -10,7 +10,6 @@ use std::collections::VecDeque;
 use super::chain::{Chain, Malformed};
 use super::ring::{Fault, Left, Turn};
 use super::wire::{self, EVENT_SIZE};
-use crate::protect::PAGE_SHIFT;
 use crate::vm::enforcer::Violation;
 
 /// Most events that wait.
@@ -20,7 +19,7 @@ const CAPACITY: usize = 256;
 #[derive(Debug, Default)]
 pub(super) struct Events {
     waiting: VecDeque<Event>,
-    /// Accesses refused.
+    /// Accesses refused or watched.
     pub(super) violations: u64,
     /// Buffers given back because they are too short.
     pub(super) malformed: u64,
@@ -49,15 +48,7 @@ impl Events {
             .saturating_add(u64::from(violation.times))
             .saturating_add(lost);
         self.dropped_by_owner += lost;
-        let same = |e: &&mut Event| {
-            let other = &e.violation;
-            (other.gpa >> PAGE_SHIFT, other.access, other.source)
-                == (
-                    violation.gpa >> PAGE_SHIFT,
-                    violation.access,
-                    violation.source,
-                )
-        };
+        let same = |event: &&mut Event| event.violation.is_same(&violation);
         if let Some(event) = self.waiting.iter_mut().find(same) {
             event.violation.times = event.violation.times.saturating_add(violation.times);
         } else if self.waiting.len() < CAPACITY {

@@ -10,6 +10,7 @@ pub mod backend;
 mod chain;
 mod control;
 mod events;
+mod guarded;
 mod ring;
 pub mod wire;
 
@@ -21,14 +22,14 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
-use crate::protect::{Deny, Protection, Table};
+use crate::protect::{Change, Order, Table};
 use crate::vm::enforcer::{Enforcer, Outcome, Unexpected, Violation, VmEvents, VmInfo};
 use control::Requests;
 use events::Events;
 use ring::{Left, Ring};
-use wire::{Config, Errno, Limits, MAX_REQUEST_RANGES};
+use wire::{Config, Errno, Limits, MAX_REQUEST_RANGES, Rights};
 
-static LOCKED: LogLimit = LogLimit::new(10);
+static CHANGED: LogLimit = LogLimit::new(10);
 static REFUSED: LogLimit = LogLimit::new(10);
 static VIOLATIONS: LogLimit = LogLimit::new(10);
 static CONNECTIONS: LogLimit = LogLimit::new(10);
@@ -76,7 +77,10 @@ enum Link {
 #[derive(Debug)]
 struct UnderWay {
     seq: u64,
-    protections: Vec<Protection>,
+    /// What it comes to on the table of this generation.
+    change: Change,
+    /// For the log.
+    what: String,
     /// The ring was stopped or the VM reset since: there is nobody to be told.
     orphaned: bool,
 }
@@ -137,8 +141,9 @@ impl Device {
         }
     }
 
-    /// What the front end asks for first: the deny bits that this host enforces; waits up to `patience` for it to say so.
-    fn deny_bits(&self, patience: Duration) -> Deny {
+    /// What the front end asks for first: what this host can enforce and watch; waits up to
+    /// `patience` for it to say so.
+    fn rights(&self, patience: Duration) -> Rights {
         let mut state = self.lock();
         if let Some(front_end) = &mut state.front_end {
             front_end.in_use = true;
@@ -147,13 +152,13 @@ impl Device {
             .greeted
             .wait_timeout_while(state, patience, |state| state.vm.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        state.vm.map_or(Deny::empty(), |vm| vm.deny)
+        state.rights()
     }
 
     fn config(&self) -> Config {
         let state = self.lock();
         Config {
-            deny: state.vm.map_or(Deny::empty(), |vm| vm.deny),
+            rights: state.rights(),
             max_request_ranges: state.limits().max_request_ranges,
             max_ranges: state.vm.map_or(0, |vm| vm.max_ranges),
             generation: state.generation(),
@@ -209,15 +214,29 @@ impl State {
         u32::try_from(self.table.len()).unwrap_or(u32::MAX)
     }
 
+    /// What this host can enforce and watch.
+    fn rights(&self) -> Rights {
+        self.vm.map_or_else(Rights::default, |vm| Rights {
+            deny: vm.deny,
+            audit: vm.audit,
+        })
+    }
+
     fn limits(&self) -> Limits {
-        let negotiated = self.front_end.as_ref().map_or(0, |f| f.features);
-        let (enforced, ranges) = self.vm.map_or((Deny::empty(), MAX_REQUEST_RANGES), |vm| {
-            (vm.deny, vm.max_request_ranges)
-        });
+        let features = self.front_end.as_ref().map_or(0, |f| f.features);
+        let ranges = self
+            .vm
+            .map_or(MAX_REQUEST_RANGES, |vm| vm.max_request_ranges);
         Limits {
-            deny: enforced & wire::deny_of(negotiated),
+            rights: self.rights().negotiated(features),
             max_request_ranges: ranges.min(MAX_REQUEST_RANGES),
         }
+    }
+
+    /// Whether the table is what is in force, and nothing is about to change it. Only then can a
+    /// request be held against it.
+    fn is_settled(&self) -> bool {
+        self.link == Link::Up && self.under_way.is_none() && self.state_asked.is_none()
     }
 
     fn next_seq(&mut self) -> u64 {
@@ -226,7 +245,7 @@ impl State {
     }
 
     fn serve_control(&mut self, enforcer: &dyn Enforcer) {
-        let limits = self.limits();
+        let (limits, settled) = (self.limits(), self.is_settled());
         let Some(FrontEnd {
             control: Some(ring),
             memory,
@@ -237,7 +256,7 @@ impl State {
             return;
         };
         if ring.turn(memory, &self.table, |turn| {
-            self.requests.serve(turn, limits)
+            self.requests.serve(turn, limits, settled)
         }) == Left::Chains
         {
             // Fails only when the counter is full, and then the worker is about to wake anyway.
@@ -261,21 +280,36 @@ impl State {
         }
     }
 
-    /// Sends the oldest request, unless one is under way.
+    /// Sends the oldest order, unless something is under way, or refuses it.
     fn send_next(&mut self, enforcer: &dyn Enforcer) {
-        if self.link != Link::Up || self.under_way.is_some() {
+        if !self.is_settled() {
             return;
         }
-        let Some(protections) = self.requests.next().map(<[_]>::to_vec) else {
+        let Some(order) = self.requests.next() else {
             return;
         };
-        let seq = self.next_seq();
-        enforcer.protect(seq, self.generation(), &protections);
-        self.under_way = Some(UnderWay {
-            seq,
-            protections,
-            orphaned: false,
-        });
+        let what = describe(order);
+        match self.table.plan(order) {
+            Ok(change) => {
+                self.last_seq += 1;
+                enforcer.carry_out(self.last_seq, self.generation(), order);
+                self.under_way = Some(UnderWay {
+                    seq: self.last_seq,
+                    change,
+                    what,
+                    orphaned: false,
+                });
+            }
+            Err(loosens) => {
+                log_limited!(REFUSED, Info, "{what} refused: {loosens}");
+                self.requests.refuse(loosens);
+                // It is given back, and the one behind it looked at, at the worker's next turn: a
+                // guest with nothing but such requests is to keep nobody waiting.
+                if let Some(front_end) = &self.front_end {
+                    let _ = front_end.again.write(1);
+                }
+            }
+        }
     }
 
     fn stop_control(&mut self) {
@@ -286,10 +320,10 @@ impl State {
         }
     }
 
-    fn orphan(&mut self) {
-        if let Some(under_way) = &mut self.under_way {
-            under_way.orphaned = true;
-        }
+    fn orphan(&mut self) -> Option<&mut UnderWay> {
+        let under_way = self.under_way.as_mut()?;
+        under_way.orphaned = true;
+        Some(under_way)
     }
 
     fn ask_state(&mut self, enforcer: &dyn Enforcer) {
@@ -308,7 +342,10 @@ impl State {
         self.table = Table::default();
         self.events.clear();
         self.requests.refuse_all(Errno::Estale);
-        self.orphan();
+        if let Some(under_way) = self.orphan() {
+            // It was planned on a table that is gone.
+            under_way.change = Change::default();
+        }
     }
 
     /// With both connections gone it may be another VM that comes next, which is to see nothing of
@@ -319,35 +356,41 @@ impl State {
             self.vm = None;
             self.table = Table::default();
             self.events = Events::default();
-            self.requests.malformed = 0;
+            (self.requests.malformed, self.requests.ok) = (0, 0);
+            self.requests.refused = 0;
         }
     }
 
     /// Takes over what a request has changed, as told by the VM's owner.
-    fn apply(&mut self, protections: &[Protection], outcome: &Outcome) {
+    fn apply(&mut self, under_way: &UnderWay, outcome: &Outcome) {
+        let UnderWay { what, change, .. } = under_way;
         if outcome.status != 0 {
             log_limited!(
                 REFUSED,
                 Info,
-                "request of {} ranges refused: errno={} index={}",
-                protections.len(),
+                "{what} refused: errno={} index={}",
                 outcome.status,
                 outcome.index.map_or("none".into(), |i| i.to_string())
             );
         } else if outcome.generation == self.generation() {
-            for protection in protections {
-                self.table.add(protection);
-            }
-            let locked: Table = protections.iter().copied().collect();
+            self.table.apply(change);
             log_limited!(
-                LOCKED,
+                CHANGED,
                 Info,
-                "locked {} ranges ({} pages); {} ranges in force",
-                protections.len(),
-                locked.pages(),
+                "{what} is in force on {} pages; {} ranges in force",
+                change.pages(),
                 self.table.len()
             );
         }
+    }
+}
+
+/// An order, for the log.
+fn describe(order: &Order) -> String {
+    match order {
+        Order::Lock(entries) => format!("LOCK of {} ranges", entries.len()),
+        Order::Protect(entries) => format!("PROTECT of {} ranges", entries.len()),
+        Order::Seal => "SEAL".into(),
     }
 }
 
@@ -374,10 +417,11 @@ impl VmEvents for Device {
                 log_limited!(
                     CONNECTIONS,
                     Info,
-                    "QEMU connected: accelerator={} deny=\"{}\" generation={generation} \
-                     ranges_in_force={}",
+                    "QEMU connected: accelerator={} deny=\"{}\" audit=\"{}\" \
+                     generation={generation} ranges_in_force={}",
                     vm.accelerator,
                     vm.deny,
+                    vm.audit,
                     table.len()
                 );
             }
@@ -410,7 +454,7 @@ impl VmEvents for Device {
                 what: "RESULT",
                 seq,
             })?;
-        state.apply(&under_way.protections, &outcome);
+        state.apply(&under_way, &outcome);
         if outcome.ranges_in_force != state.ranges_in_force() {
             state.ask_state(&*self.enforcer);
         }
@@ -418,6 +462,8 @@ impl VmEvents for Device {
             state.requests.finish(outcome);
         }
         state.serve_control(&*self.enforcer);
+        // Its ring may have been where it could not be served.
+        state.serve_events();
         Ok(())
     }
 

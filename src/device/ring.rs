@@ -10,9 +10,10 @@ use std::sync::atomic::Ordering;
 
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, Permissions};
 
-use super::chain::{Answer, Chain, Malformed, Memory, is_locked};
+use super::chain::{Answer, Chain, Malformed};
+use super::guarded::Guarded;
 use super::wire::{MAX_DESCRIPTORS, QUEUE_SIZE};
 use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::Table;
@@ -34,6 +35,8 @@ pub(super) enum Fault {
     Used,
     #[error("its used ring lies in a locked page")]
     Locked,
+    #[error("its descriptors or its avail ring lie in a page that may not be read")]
+    Hidden,
 }
 
 /// What a turn on a ring leaves to be done.
@@ -57,20 +60,18 @@ pub(super) struct Ring {
 /// A ring that runs, with its lock held.
 pub(super) struct Turn<'a> {
     queue: &'a mut Queue,
-    pub(super) memory: &'a Memory,
-    /// What the guest may not write, and must not have written by this process either.
-    table: &'a Table,
+    guest: &'a Guarded<'a>,
     /// How many more chains may be popped before others get their turn.
     budget: usize,
     gave_back: bool,
 }
 
 /// A chain and where it was found.
-pub(super) struct Popped {
+pub(super) struct Popped<'a> {
     /// Its place in the avail ring.
     pub(super) position: u16,
     pub(super) head: u16,
-    pub(super) chain: DescriptorChain<Memory>,
+    pub(super) chain: DescriptorChain<&'a Guarded<'a>>,
 }
 
 impl Ring {
@@ -95,14 +96,13 @@ impl Ring {
             return Left::Nothing;
         }
         let memory = memory.memory();
+        let guest = Guarded::new(&memory, table);
         let queue = vring.get_queue_mut();
-        let mut turn = Turn::new(queue, &memory, table);
-        let outcome = if self.fresh && !turn.queue.is_valid(&*memory) {
+        let mut turn = Turn::new(queue, &guest);
+        let outcome = if self.fresh && !turn.queue.is_valid(guest.memory()) {
             Err(Fault::Outside)
-        } else if turn.used_ring_is_locked() {
-            Err(Fault::Locked)
         } else {
-            work(&mut turn)
+            turn.check_rights().and_then(|()| work(&mut turn))
         };
         let gave_back = turn.gave_back;
         // A companion that was killed may have given chains back and not said so. One interrupt
@@ -138,8 +138,9 @@ impl Ring {
                         self.name
                     );
                 }
-                // So that a guest that mends it can say so. If that fails too, nothing is lost.
-                if fault != Fault::Locked {
+                // So that a guest that mends it can say so. If that fails too, nothing is lost. It
+                // writes to the used ring and reads the avail ring.
+                if !matches!(fault, Fault::Locked | Fault::Hidden) {
                     let _ = vring.enable_notification();
                 }
                 Left::Nothing
@@ -159,11 +160,10 @@ impl Ring {
 }
 
 impl<'a> Turn<'a> {
-    pub(super) fn new(queue: &'a mut Queue, memory: &'a Memory, table: &'a Table) -> Self {
+    pub(super) fn new(queue: &'a mut Queue, guest: &'a Guarded<'a>) -> Self {
         Self {
             queue,
-            memory,
-            table,
+            guest,
             budget: usize::from(QUEUE_SIZE),
             gave_back: false,
         }
@@ -173,32 +173,49 @@ impl<'a> Turn<'a> {
     /// 65535 descriptors does not keep others waiting for longer than one of them takes.
     pub(super) fn walk(
         &mut self,
-        chain: DescriptorChain<Memory>,
+        chain: DescriptorChain<&Guarded<'_>>,
         answer_size: usize,
     ) -> Result<Chain, Malformed> {
         let mut descriptors = 0;
         let counted = chain.inspect(|_| descriptors += 1);
-        let walked = Chain::walk(self.memory, counted, answer_size);
-        self.budget = self.budget.saturating_sub(descriptors / MAX_DESCRIPTORS);
-        walked.and_then(|chain| {
-            if chain.answer.is_locked(self.table) {
-                Err(Malformed)
-            } else {
-                Ok(chain)
-            }
-        })
+        let walked = Chain::walk(self.guest, counted, answer_size);
+        self.spend(descriptors / MAX_DESCRIPTORS);
+        walked
+    }
+
+    /// Guest memory, as far as the guest may use it.
+    pub(super) fn guest(&self) -> &'a Guarded<'a> {
+        self.guest
+    }
+
+    /// What was done took as long as so many more chains.
+    pub(super) fn spend(&mut self, chains: usize) {
+        self.budget = self.budget.saturating_sub(chains);
     }
 
     /// Writes an answer, unless it would go to a page that was locked since the chain was taken
     /// apart, or is not there any more.
     pub(super) fn write(&self, answer: &Answer, bytes: &[u8]) -> bool {
-        !answer.is_locked(self.table) && answer.write(self.memory, bytes)
+        answer.write(self.guest, bytes)
     }
 
-    /// A used ring of `n` entries has 6 + 8 * n bytes (virtio 1.3, 2.7.8).
-    fn used_ring_is_locked(&self) -> bool {
-        let len = 6 + 8 * usize::from(self.queue.size());
-        is_locked(self.table, GuestAddress(self.queue.used_ring()), len)
+    /// Whether the guest may itself do with its ring what is about to be done for it. Without
+    /// this the first access would fail just as well, but say less.
+    ///
+    /// For `n` entries there are 16 * n bytes of descriptors, 6 + 2 * n of avail ring and
+    /// 6 + 8 * n of used ring (virtio 1.3, 2.7).
+    fn check_rights(&self) -> Result<(), Fault> {
+        let n = usize::from(self.queue.size());
+        let allows = |at, len, access| self.guest.allows(GuestAddress(at), len, access);
+        if !allows(self.queue.used_ring(), 6 + 8 * n, Permissions::Write) {
+            return Err(Fault::Locked);
+        }
+        if !allows(self.queue.desc_table(), 16 * n, Permissions::Read)
+            || !allows(self.queue.avail_ring(), 6 + 2 * n, Permissions::Read)
+        {
+            return Err(Fault::Hidden);
+        }
+        Ok(())
     }
 
     /// Pops chains and hands each to `take`, until `take` wants no more, none is left, or it is
@@ -210,14 +227,14 @@ impl<'a> Turn<'a> {
     /// guest cannot make it spin.
     pub(super) fn drain(
         &mut self,
-        mut take: impl FnMut(&mut Self, Popped) -> Result<bool, Fault>,
+        mut take: impl FnMut(&mut Self, Popped<'a>) -> Result<bool, Fault>,
     ) -> Result<Left, Fault> {
         loop {
             self.queue
-                .disable_notification(&**self.memory)
+                .disable_notification(self.guest)
                 .map_err(|_| Fault::Used)?;
             while let Some(popped) = self.pop()? {
-                self.budget = self.budget.saturating_sub(1);
+                self.spend(1);
                 if !take(self, popped)? {
                     return Ok(Left::Nothing);
                 }
@@ -227,31 +244,30 @@ impl<'a> Turn<'a> {
             }
             let more = self
                 .queue
-                .enable_notification(&**self.memory)
+                .enable_notification(self.guest)
                 .map_err(|_| Fault::Used)?;
             if !more {
                 return Ok(Left::Nothing);
             }
             // A chain came just now, and the driver may not kick for it. Or the guest plays with
             // avail.idx: that costs it its turn.
-            self.budget = self.budget.saturating_sub(1);
+            self.spend(1);
             if self.budget == 0 {
                 return Ok(Left::Chains);
             }
         }
     }
 
-    fn pop(&mut self) -> Result<Option<Popped>, Fault> {
-        let memory = self.memory;
+    fn pop(&mut self) -> Result<Option<Popped<'a>>, Fault> {
         let position = self.queue.next_avail();
         let available = self
             .queue
-            .avail_idx(&**memory, Ordering::Acquire)
+            .avail_idx(self.guest, Ordering::Acquire)
             .map_err(|_| Fault::Unreadable)?;
         if available.0 == position {
             return Ok(None);
         }
-        let mut chains = self.queue.iter(memory.clone()).map_err(|_| Fault::Index)?;
+        let mut chains = self.queue.iter(self.guest).map_err(|_| Fault::Index)?;
         let chain = chains.next().ok_or(Fault::Unreadable)?;
         let head = chain.head_index();
         if head >= self.queue.size() {
@@ -269,7 +285,7 @@ impl<'a> Turn<'a> {
     pub(super) fn give_back(&mut self, head: u16, len: usize) -> Result<(), Fault> {
         self.gave_back = true;
         self.queue
-            .add_used(&**self.memory, head, len as u32)
+            .add_used(self.guest, head, len as u32)
             .map_err(|_| Fault::Used)
     }
 }

@@ -3,12 +3,16 @@
 //! What can be denied to a guest, on which of its pages: pure logic and data.
 //!
 //! Nothing here does I/O, takes a lock or reads a clock, and nothing here knows the virtio
-//! device, QEMU or any wire format.
+//! device, QEMU or any wire format. An [`Order`] is checked against a [`Table`] as a whole and
+//! becomes a [`Change`], or nothing; whoever enforces carries the change out before the table
+//! takes it over.
 
 mod deny;
+mod plan;
 mod range;
 mod table;
 
 pub use deny::{Attributes, Deny, UnknownBits};
+pub use plan::{Change, Loosens, Order};
 pub use range::{Gfn, GfnRange, PAGE_SHIFT, RangeError};
 pub use table::{Protection, Table};

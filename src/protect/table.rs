@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The table of what is denied where.
+//! The table of what holds where.
 //!
 //! A copy of what the VM's owner enforces, kept as disjoint ranges; adjacent ranges with equal
 //! attributes are one range. Pure data: who enforces it, and who asked, is not known here.
@@ -9,37 +9,50 @@ use std::ops::Range;
 
 use rangemap::RangeMap;
 
-use super::{Attributes, Deny, Gfn, GfnRange};
+use super::{Attributes, Change, Deny, Gfn, GfnRange, Loosens, Order};
 
 /// A range of pages and what is to hold, or holds, on each of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protection {
     /// The pages.
     pub range: GfnRange,
-    /// What is denied on them.
+    /// What is denied and watched on them.
     pub attributes: Attributes,
 }
 
-/// What is denied on which guest page.
+/// What is denied and watched on which guest page. A page on which nothing is, is not in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     ranges: RangeMap<u64, Attributes>,
 }
 
 impl Table {
-    /// Adds a protection to what holds already. Nothing is ever loosened: on a page that is in
-    /// the table the attributes add up.
-    pub fn add(&mut self, protection: &Protection) {
-        let Protection { range, attributes } = *protection;
-        let span = span_of(range);
-        let held: Vec<_> = self
-            .ranges
-            .overlapping(&span)
-            .map(|(r, &a)| (r.start.max(span.start)..r.end.min(span.end), a))
-            .collect();
-        self.ranges.insert(span, attributes);
-        for (piece, attributes_held) in held {
-            self.ranges.insert(piece, attributes.union(attributes_held));
+    /// What `order` comes to, whole. The table stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// The first entry that would loosen an immutable page.
+    pub fn plan(&self, order: &Order) -> Result<Change, Loosens> {
+        Change::of(self, order)
+    }
+
+    /// Takes over a change that was planned on this table, as it is now.
+    pub fn apply(&mut self, change: &Change) {
+        for (span, attributes) in change.pieces() {
+            self.set(span, attributes);
+        }
+    }
+
+    /// Tells what holds on a range, whatever held there before.
+    pub fn tell(&mut self, protection: &Protection) {
+        self.set(span_of(protection.range), protection.attributes);
+    }
+
+    fn set(&mut self, span: Range<u64>, attributes: Attributes) {
+        if attributes.is_free() {
+            self.ranges.remove(span);
+        } else {
+            self.ranges.insert(span, attributes);
         }
     }
 
@@ -48,11 +61,40 @@ impl Table {
         self.ranges.get(&gfn.number()).copied().unwrap_or_default()
     }
 
-    /// Whether any of `deny` holds on any page of `range`.
+    /// Whether any of `deny` is denied on any page of `range`.
     pub fn denies(&self, range: GfnRange, deny: Deny) -> bool {
         self.ranges
             .overlapping(&span_of(range))
-            .any(|(_, attributes)| attributes.deny.intersects(deny))
+            .any(|(_, attributes)| attributes.deny().intersects(deny))
+    }
+
+    /// The ranges on the pages of `range`, cut to it, in ascending order.
+    pub fn within(&self, range: GfnRange) -> impl Iterator<Item = Protection> + '_ {
+        let span = span_of(range);
+        self.ranges
+            .overlapping(span.clone())
+            .map(move |(held, &attributes)| protection(clip(held, &span), attributes))
+    }
+
+    /// Hands over the pages of `span` in order: each stretch on which one thing holds, free ones
+    /// too.
+    pub(super) fn each_within(
+        &self,
+        span: &Range<u64>,
+        mut take: impl FnMut(Range<u64>, Attributes),
+    ) {
+        let mut from = span.start;
+        for (held, &attributes) in self.ranges.overlapping(span) {
+            let part = clip(held, span);
+            if from < part.start {
+                take(from..part.start, Attributes::default());
+            }
+            from = part.end;
+            take(part, attributes);
+        }
+        if from < span.end {
+            take(from..span.end, Attributes::default());
+        }
     }
 
     /// How many disjoint ranges there are.
@@ -60,17 +102,16 @@ impl Table {
         self.ranges.len()
     }
 
-    /// Whether nothing is denied anywhere.
+    /// Whether nothing is denied or watched anywhere.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
 
     /// The ranges, in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = Protection> + '_ {
-        self.ranges.iter().map(|(r, &attributes)| Protection {
-            range: GfnRange::new(r.start, r.end - 1).expect("only GfnRanges are put in"),
-            attributes,
-        })
+        self.ranges
+            .iter()
+            .map(|(held, &attributes)| protection(held.clone(), attributes))
     }
 
     /// How many pages the table covers.
@@ -80,113 +121,31 @@ impl Table {
 }
 
 /// Frame numbers as `rangemap` has them, with an exclusive end.
-fn span_of(range: GfnRange) -> Range<u64> {
+pub(super) fn span_of(range: GfnRange) -> Range<u64> {
     range.start().number()..range.end().number() + 1
+}
+
+fn clip(held: &Range<u64>, to: &Range<u64>) -> Range<u64> {
+    held.start.max(to.start)..held.end.min(to.end)
+}
+
+fn protection(span: Range<u64>, attributes: Attributes) -> Protection {
+    Protection {
+        range: GfnRange::new(span.start, span.end - 1).expect("only GfnRanges are put in"),
+        attributes,
+    }
 }
 
 impl FromIterator<Protection> for Table {
     fn from_iter<I: IntoIterator<Item = Protection>>(protections: I) -> Self {
         let mut table = Self::default();
         for protection in protections {
-            table.add(&protection);
+            table.tell(&protection);
         }
         table
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// The same thing, one entry for each page.
-    #[derive(Default)]
-    struct Model(BTreeMap<u64, Attributes>);
-
-    impl Model {
-        fn add(&mut self, p: &Protection) {
-            for page in p.range.start().number()..=p.range.end().number() {
-                let held = self.0.entry(page).or_default();
-                *held = held.union(p.attributes);
-            }
-        }
-
-        /// Maximal runs of neighbouring pages with equal attributes.
-        fn runs(&self) -> Vec<(u64, u64, Attributes)> {
-            let mut runs: Vec<(u64, u64, Attributes)> = Vec::new();
-            for (&page, &attributes) in &self.0 {
-                match runs.last_mut() {
-                    Some((_, end, a)) if *end + 1 == page && *a == attributes => *end = page,
-                    _ => runs.push((page, page, attributes)),
-                }
-            }
-            runs
-        }
-    }
-
-    fn protection() -> impl Strategy<Value = Protection> {
-        (0u64..64, 0u64..16, 1u64..16, any::<bool>(), any::<bool>()).prop_map(
-            |(start, more, deny, immutable, top)| {
-                // The top of the address space is where an end + 1 could go wrong.
-                let base = if top { Gfn::MAX.number() - 80 } else { 0 };
-                Protection {
-                    range: GfnRange::new(base + start, base + start + more).unwrap(),
-                    attributes: Attributes {
-                        deny: Deny::from_bits(deny).unwrap(),
-                        immutable,
-                    },
-                }
-            },
-        )
-    }
-
-    proptest! {
-        #[test]
-        fn behaves_like_one_entry_per_page(list in prop::collection::vec(protection(), 0..40)) {
-            let mut model = Model::default();
-            let mut table = Table::default();
-            for p in &list {
-                model.add(p);
-                table.add(p);
-            }
-            let runs: Vec<_> = table
-                .iter()
-                .map(|p| (p.range.start().number(), p.range.end().number(), p.attributes))
-                .collect();
-            prop_assert_eq!(&runs, &model.runs());
-            prop_assert_eq!(table.len(), runs.len());
-            prop_assert_eq!(table.is_empty(), runs.is_empty());
-            prop_assert_eq!(table.pages(), model.0.len() as u64);
-            for page in 0..96 {
-                let held = model.0.get(&page).copied().unwrap_or_default();
-                prop_assert_eq!(table.get(Gfn::new(page).unwrap()), held);
-            }
-        }
-
-        #[test]
-        fn a_range_is_denied_what_one_of_its_pages_is(
-            list in prop::collection::vec(protection(), 0..20),
-            start in 0u64..96,
-            more in 0u64..8,
-            deny in 1u64..16,
-        ) {
-            let deny = Deny::from_bits(deny).unwrap();
-            let table: Table = list.iter().copied().collect();
-            let expected = (start..=start + more)
-                .any(|page| table.get(Gfn::new(page).unwrap()).deny.intersects(deny));
-            prop_assert_eq!(table.denies(GfnRange::new(start, start + more).unwrap(), deny), expected);
-        }
-
-        #[test]
-        fn order_and_repetition_do_not_matter(list in prop::collection::vec(protection(), 0..20)) {
-            let forward: Table = list.iter().copied().collect();
-            let backward: Table = list.iter().rev().chain(list.iter()).copied().collect();
-            prop_assert_eq!(&forward, &backward);
-            // A table told range by range, as STATE does, is the same table.
-            prop_assert_eq!(&forward.iter().collect::<Table>(), &forward);
-        }
-    }
-}
+#[path = "model.rs"]
+mod model;

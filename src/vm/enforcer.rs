@@ -8,14 +8,15 @@
 
 use std::fmt;
 
-use crate::protect::{Deny, Protection, Table};
+use crate::protect::{Deny, Order, Table};
 
 /// Takes requests to the owner of the VM. Both methods hand over and return at once.
 pub trait Enforcer: Send + Sync {
-    /// Asks that all `protections` be added to what is in force, or none. Exactly one
-    /// [`VmEvents::result`] with this `seq` follows, unless the connection ends first. Not called
-    /// again before that.
-    fn protect(&self, seq: u64, generation: u64, protections: &[Protection]);
+    /// Asks that `order` be carried out, whole or not at all. It was planned on the table that the
+    /// owner of the VM was last heard of to have, and found not to loosen what is immutable; the
+    /// owner holds it against the table that it does have. Exactly one [`VmEvents::result`] with
+    /// this `seq` follows, unless the connection ends first. Not called again before that.
+    fn carry_out(&self, seq: u64, generation: u64, order: &Order);
 
     /// Asks for everything that is in force; [`VmEvents::state`] with this `seq` follows. Not
     /// called again before that.
@@ -41,7 +42,7 @@ pub trait VmEvents: Send + Sync {
     /// [`Unexpected`] if no such request is under way.
     fn result(&self, seq: u64, outcome: Outcome) -> Result<(), Unexpected>;
 
-    /// The guest was refused an access.
+    /// The guest was refused an access, or was seen to make one that is watched.
     fn violation(&self, violation: Violation);
 
     /// The VM was reset: nothing is in force any more.
@@ -87,6 +88,10 @@ pub struct VmInfo {
     pub accelerator: Accelerator,
     /// What this VM can enforce.
     pub deny: Deny,
+    /// What this VM can watch.
+    pub audit: Deny,
+    /// What becomes of a denied access, as far as the access allows it.
+    pub policy: Policy,
     /// Grows with every system reset.
     pub generation: u64,
     /// Most disjoint ranges in force at once.
@@ -108,18 +113,100 @@ pub struct Outcome {
     pub ranges_in_force: u32,
 }
 
-/// A refused access. The fields are those of the event in the device's specification.
+/// What is done about a denied access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The vCPU takes a fault.
+    Inject,
+    /// Nothing more.
+    Drop,
+    /// The VM is stopped.
+    Pause,
+    /// The VM ends.
+    Shutdown,
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Inject => "inject",
+            Self::Drop => "drop",
+            Self::Pause => "pause",
+            Self::Shutdown => "shutdown",
+        })
+    }
+}
+
+/// What was done about an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It is denied, and did not happen.
+    Refused(Policy),
+    /// It is watched, and went through.
+    Audit,
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(policy) => policy.fmt(f),
+            Self::Audit => f.write_str("audit"),
+        }
+    }
+}
+
+/// A kind of access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// A store.
+    Write,
+    /// An instruction fetch.
+    Fetch,
+    /// A load.
+    Read,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Write => "write",
+            Self::Fetch => "fetch",
+            Self::Read => "read",
+        })
+    }
+}
+
+/// Who made an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The vCPU with this number.
+    Vcpu(u32),
+    /// An emulated device.
+    Device,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vcpu(number) => write!(f, "vcpu{number}"),
+            Self::Device => f.write_str("device"),
+        }
+    }
+}
+
+/// An access that was refused, or seen because it is watched. The fields are those of the event
+/// in the device's specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// 1: write.
-    pub access: u16,
-    /// vCPU number, or [`Violation::SOURCE_DMA`].
-    pub source: u32,
+    /// What kind of access.
+    pub access: Access,
+    /// Who made it.
+    pub source: Source,
     /// Guest-physical address of the access.
     pub gpa: u64,
-    /// Linear address, or all ones.
+    /// Linear address, or [`Violation::UNKNOWN`].
     pub gva: u64,
-    /// Instruction pointer, or all ones.
+    /// Instruction pointer, or [`Violation::UNKNOWN`].
     pub rip: u64,
     /// What was to be written, or 0.
     pub value: u64,
@@ -129,41 +216,37 @@ pub struct Violation {
     pub times: u32,
     /// How many violations the owner of the VM had to drop before this one, in all.
     pub lost: u64,
-    /// What was done about it: 1 inject, 2 drop, 3 pause, 4 shutdown.
-    pub action: u32,
+    /// What was done about it.
+    pub action: Action,
 }
 
 impl Violation {
-    /// The `source` of an access by an emulated device.
-    pub const SOURCE_DMA: u32 = u32::MAX;
+    /// An address that is not known.
+    pub const UNKNOWN: u64 = u64::MAX;
+
+    /// Whether it counts as the same thing seen again.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.gpa, self.access, self.source, self.action)
+            == (other.gpa, other.access, other.source, other.action)
+    }
 }
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.access {
-            1 => f.write_str("access=write")?,
-            other => write!(f, "access={other}")?,
-        }
-        match self.source {
-            Self::SOURCE_DMA => f.write_str(" source=dma")?,
-            vcpu => write!(f, " source=vcpu{vcpu}")?,
-        }
-        write!(f, " gpa={:#x}", self.gpa)?;
+        let what = match self.action {
+            Action::Refused(_) => "refused",
+            Action::Audit => "watched",
+        };
+        let Self { access, source, .. } = self;
+        write!(f, "{what} {access} by {source} at gpa={:#x}", self.gpa)?;
         for (name, address) in [("gva", self.gva), ("rip", self.rip)] {
-            if address != u64::MAX {
+            if address != Self::UNKNOWN {
                 write!(f, " {name}={address:#x}")?;
             }
         }
         if self.size != 0 {
             write!(f, " size={} value={:#x}", self.size, self.value)?;
         }
-        let action = match self.action {
-            1 => "inject",
-            2 => "drop",
-            3 => "pause",
-            4 => "shutdown",
-            _ => "unknown",
-        };
-        write!(f, " times={} action={action}", self.times)
+        write!(f, " times={} action={}", self.times, self.action)
     }
 }

@@ -16,6 +16,9 @@ use super::guest::QUEUE_SIZE;
 use super::{Companion, Guest, wait_for};
 
 pub const F_NOWRITE: u64 = 1;
+pub const F_AUDIT: u64 = 1 << 4;
+/// Bits 0 to 4.
+pub const F_ALL: u64 = 0x1f;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
 pub struct FrontEnd {
@@ -110,7 +113,7 @@ impl FrontEnd {
     }
 
     pub fn config(&mut self) -> Config {
-        Config(self.config_bytes(0, 64))
+        Config(self.config_bytes(0, 72))
     }
 
     pub fn config_bytes(&mut self, offset: u32, size: u32) -> Vec<u8> {
@@ -176,5 +179,8 @@ impl Config {
     }
     pub fn malformed(&self) -> u64 {
         self.field(56, 8)
+    }
+    pub fn audit_bits(&self) -> u64 {
+        self.field(64, 8)
     }
 }

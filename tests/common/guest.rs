@@ -18,6 +18,11 @@ pub const WRITE: u16 = 2;
 pub const NEXT: u16 = 1;
 pub const INDIRECT: u16 = 4;
 
+pub const LOCK: u16 = 1;
+pub const PROTECT: u16 = 2;
+pub const SEAL: u16 = 3;
+pub const QUERY: u16 = 4;
+
 pub struct Guest {
     pub memory: GuestMemoryMmap,
     pub queues: [Queue; 2],
@@ -198,11 +203,16 @@ impl Guest {
 
     /// Makes `request` available, with 16 bytes for the response. Returns the head.
     pub fn request(&mut self, request: &[u8]) -> u16 {
+        self.request_with_room(request, 16)
+    }
+
+    /// The same, with room for so many bytes: at most 4096.
+    pub fn request_with_room(&mut self, request: &[u8], room: u32) -> u16 {
         let head = self.next_head();
         let (at, response_at) = (self.request_at(head), self.response_at(head));
         self.write_bytes(at, request);
-        self.write_bytes(response_at, &[0xee; 16]);
-        let parts = [(at, request.len() as u32, 0), (response_at, 16, WRITE)];
+        self.write_bytes(response_at, &vec![0xee; room as usize]);
+        let parts = [(at, request.len() as u32, 0), (response_at, room, WRITE)];
         let parts = if request.is_empty() {
             &parts[1..]
         } else {
@@ -221,6 +231,24 @@ impl Guest {
     pub fn response(&mut self, head: u16) -> Response {
         assert_eq!(self.used(0), Used { head, len: 16 });
         self.read_response(self.response_at(head))
+    }
+
+    /// The answer to a QUERY, which is the next to come: how many there are, and those told.
+    pub fn query_response(&mut self, head: u16) -> (u64, Vec<(u64, u64, u64)>) {
+        let used = self.used(0);
+        assert_eq!(used.head, head);
+        assert!(
+            used.len >= 16 && (used.len - 16).is_multiple_of(24),
+            "{used:?}"
+        );
+        let at = self.response_at(head);
+        let response = self.read_response(at);
+        assert_eq!((response.status, response.index), (0, u32::MAX));
+        let told = (0..u64::from(used.len - 16) / 24)
+            .map(|i| [0, 8, 16].map(|word| self.read::<u64>(at + 16 + 24 * i + word)))
+            .map(|[start, end, attributes]| (start, end, attributes))
+            .collect();
+        (response.value, told)
     }
 
     pub fn read_response(&self, at: u64) -> Response {
@@ -242,6 +270,10 @@ impl Guest {
 
 pub fn lock_request(ranges: &[(u64, u64, u64)]) -> Vec<u8> {
     request(1, 0, ranges.len() as u32, ranges)
+}
+
+pub fn query_request(start: u64, end: u64) -> Vec<u8> {
+    request(QUERY, 0, 1, &[(start, end, 0)])
 }
 
 pub fn request(kind: u16, flags: u16, count: u32, ranges: &[(u64, u64, u64)]) -> Vec<u8> {

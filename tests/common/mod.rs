@@ -23,6 +23,7 @@ pub use vm_guard::VmGuard;
 
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
+pub const EPERM: u32 = 1;
 pub const EIO: u32 = 5;
 pub const E2BIG: u32 = 7;
 pub const EFAULT: u32 = 14;
@@ -34,6 +35,11 @@ pub const ESTALE: u32 = 116;
 pub const NO_INDEX: u32 = u32::MAX;
 pub const IMMUTABLE: u64 = 1 << 63;
 pub const NOWRITE: u64 = 1;
+pub const NOEXEC: u64 = 2;
+pub const NOREAD: u64 = 4;
+pub const NOEXEC_KERNEL: u64 = 8;
+pub const AUDIT_NOWRITE: u64 = 0x100;
+pub const ALL: u64 = 0xf;
 
 /// Asks `what` until it has an answer.
 pub fn wait_for<T>(name: &str, mut what: impl FnMut() -> Option<T>) -> T {
@@ -57,9 +63,17 @@ pub struct Setup {
 
 impl Setup {
     pub fn new() -> Self {
-        let companion = Companion::start();
+        Self::on(Companion::start(), &vm_guard::hello_payload(NOWRITE, 1))
+    }
+
+    /// A VM that can deny and watch everything.
+    pub fn able() -> Self {
+        Self::on(Companion::start(), &vm_guard::hello_with(ALL, ALL, 1))
+    }
+
+    pub fn on(companion: Companion, hello: &[u8]) -> Self {
         let guest = Guest::new();
-        let vm_guard = VmGuard::connect(&companion);
+        let vm_guard = VmGuard::connect_as(&companion, hello, &[]);
         let front_end = FrontEnd::connect(&companion, &guest);
         Self {
             front_end,
@@ -67,6 +81,20 @@ impl Setup {
             guest,
             companion,
         }
+    }
+
+    /// Has a request carried out that comes to so many ranges in force.
+    pub fn carry_out(&mut self, kind: u16, ranges: &[(u64, u64, u64)], in_force: u32) {
+        let bytes = guest::request(kind, 0, ranges.len() as u32, ranges);
+        let head = self.guest.request(&bytes);
+        self.front_end.kick(0);
+        let seq = if kind == guest::SEAL {
+            self.vm_guard.seal().0
+        } else {
+            self.vm_guard.protect().seq
+        };
+        self.vm_guard.done(seq, in_force);
+        assert_eq!(self.guest.response(head).status, 0);
     }
 
     /// Locks one page and answers for the vm-guard: everything works.

@@ -40,8 +40,12 @@ pub fn message(kind: u16, seq: u64, payload: &[u8]) -> Vec<u8> {
 }
 
 pub fn hello_payload(deny: u64, generation: u64) -> Vec<u8> {
+    hello_with(deny, 0, generation)
+}
+
+pub fn hello_with(deny: u64, audit: u64, generation: u64) -> Vec<u8> {
     let mut bytes = b"VGRD".to_vec();
-    for field in [1u32, 2, 12] {
+    for field in [2u32, 2, 12] {
         bytes.extend(field.to_le_bytes());
     }
     bytes.extend(deny.to_le_bytes());
@@ -49,7 +53,7 @@ pub fn hello_payload(deny: u64, generation: u64) -> Vec<u8> {
     for field in [1000, 4096, u32::MAX, 1] {
         bytes.extend(field.to_le_bytes());
     }
-    bytes.extend([0; 8]);
+    bytes.extend(audit.to_le_bytes());
     bytes
 }
 
@@ -66,7 +70,18 @@ pub fn state_payload(generation: u64, ranges: &[Range]) -> Vec<u8> {
 }
 
 pub fn violation_payload(source: u32, gpa: u64, times: u32, lost: u64) -> Vec<u8> {
-    let mut bytes = vec![1, 0, 1, 0];
+    violation_with(1, 1, source, gpa, times, lost)
+}
+
+pub fn violation_with(
+    access: u8,
+    action: u32,
+    source: u32,
+    gpa: u64,
+    times: u32,
+    lost: u64,
+) -> Vec<u8> {
+    let mut bytes = vec![1, 0, access, 0];
     bytes.extend(source.to_le_bytes());
     for field in [gpa, 0xffff_8000_0000_1234, 0xffff_ffff_8100_0000, 0xabcd] {
         bytes.extend(field.to_le_bytes());
@@ -74,7 +89,7 @@ pub fn violation_payload(source: u32, gpa: u64, times: u32, lost: u64) -> Vec<u8
     bytes.extend(8u32.to_le_bytes());
     bytes.extend(times.to_le_bytes());
     bytes.extend(lost.to_le_bytes());
-    bytes.extend(1u32.to_le_bytes());
+    bytes.extend(action.to_le_bytes());
     bytes.extend([0; 4]);
     bytes
 }
@@ -86,10 +101,16 @@ impl VmGuard {
     }
 
     pub fn connect_with(companion: &Companion, generation: u64, ranges: &[Range]) -> Self {
+        Self::connect_as(companion, &hello_payload(NOWRITE, generation), ranges)
+    }
+
+    /// Connects as the VM that `hello` describes.
+    pub fn connect_as(companion: &Companion, hello: &[u8], ranges: &[Range]) -> Self {
         let greeted = companion.log_lines("QEMU connected:");
         let mut vm_guard = Self::connect_silently(companion);
+        let generation = u64::from_le_bytes(hello[24..32].try_into().unwrap());
         vm_guard.generation = generation;
-        vm_guard.send(HELLO, 0, &hello_payload(NOWRITE, generation));
+        vm_guard.send(HELLO, 0, hello);
         vm_guard.send(STATE, 0, &state_payload(generation, ranges));
         vm_guard.in_force = ranges.len() as u32;
         companion.wait_for_log_lines("QEMU connected:", greeted + 1);
@@ -109,7 +130,7 @@ impl VmGuard {
             };
             let (kind, seq, payload) = vm_guard.try_receive()?;
             assert_eq!((kind, seq), (0x101, 0));
-            assert_eq!(payload, *b"VGRD\x01\0\0\0");
+            assert_eq!(payload, *b"VGRD\x02\0\0\0");
             Some(vm_guard)
         })
     }
@@ -169,6 +190,14 @@ impl VmGuard {
         }
     }
 
+    /// The sequence number and generation of a SEAL.
+    pub fn seal(&mut self) -> (u64, u64) {
+        let (kind, seq, payload) = self.try_receive().expect("SEAL, not the end");
+        assert_eq!((kind, payload.len()), (0x104, 16));
+        assert_eq!(payload[8..], [0; 8]);
+        (seq, u64::from_le_bytes(payload[..8].try_into().unwrap()))
+    }
+
     /// The sequence number of a GET_STATE.
     pub fn get_state(&mut self) -> u64 {
         let (kind, seq, payload) = self.try_receive().expect("GET_STATE, not the end");
@@ -190,6 +219,12 @@ impl VmGuard {
         assert_eq!(protect.generation, self.generation);
         self.in_force += protect.ranges.len() as u32;
         self.result(protect.seq, 0, NO_INDEX);
+    }
+
+    /// Answers that it is done, and that so many ranges are in force now.
+    pub fn done(&mut self, seq: u64, in_force: u32) {
+        self.in_force = in_force;
+        self.result(seq, 0, NO_INDEX);
     }
 
     pub fn reset(&mut self) {

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::wire::{self, HEADER_SIZE, Header, Message, WireError};
 use crate::log_limit::{Chain, LogLimit, log_limited};
-use crate::protect::Protection;
+use crate::protect::Order;
 use crate::vm::enforcer::{Enforcer, Unexpected, VmEvents};
 
 const LISTENER: u64 = 0;
@@ -95,10 +95,10 @@ impl Outbox {
     }
 }
 
-// What waits here is bounded by Enforcer's rule: one PROTECT and one GET_STATE at a time.
+// What waits here is bounded by Enforcer's rule: one order and one GET_STATE at a time.
 impl Enforcer for Outbox {
-    fn protect(&self, seq: u64, generation: u64, protections: &[Protection]) {
-        self.post(&wire::encode_protect(seq, generation, protections));
+    fn carry_out(&self, seq: u64, generation: u64, order: &Order) {
+        self.post(&wire::encode_order(seq, generation, order));
     }
 
     fn request_state(&self, seq: u64) {

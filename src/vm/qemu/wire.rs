@@ -6,14 +6,16 @@
 //! what comes out of [`Message::decode`] needs no more checking.
 
 use crate::protect::{
-    Attributes, Deny, GfnRange, PAGE_SHIFT, Protection, RangeError, Table, UnknownBits,
+    Attributes, Deny, GfnRange, Order, PAGE_SHIFT, Protection, RangeError, Table, UnknownBits,
 };
-use crate::vm::enforcer::{Accelerator, Outcome, Violation, VmInfo};
+use crate::vm::enforcer::{
+    Accelerator, Access, Action, Outcome, Policy, Source, Violation, VmInfo,
+};
 
 /// "VGRD", the first field of a `HELLO`.
 pub const MAGIC: u32 = 0x4452_4756;
 /// The version of the channel that is spoken here.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a message header.
 pub const HEADER_SIZE: usize = 16;
 /// Most payload bytes in a message from QEMU.
@@ -34,6 +36,9 @@ const TYPE_RESET: u16 = 0x05;
 const TYPE_COMPANION_HELLO: u16 = 0x101;
 const TYPE_PROTECT: u16 = 0x102;
 const TYPE_GET_STATE: u16 = 0x103;
+const TYPE_SEAL: u16 = 0x104;
+
+const SOURCE_DEVICE: u32 = u32::MAX;
 
 /// Why a message is not one of the specification's.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,7 +46,7 @@ pub enum WireError {
     /// No message has this type.
     #[error("message of unknown type {0:#x}")]
     UnknownType(u16),
-    /// Version 1 has no flags.
+    /// No message has flags.
     #[error("message of type {kind:#x} with flags {flags:#x}")]
     Flags {
         /// Type of the message.
@@ -88,6 +93,15 @@ pub enum WireError {
         /// What is wrong.
         #[source]
         source: UnknownBits,
+    },
+    /// A range in a `STATE` has attributes that no page has: none, or one that is both denied and
+    /// watched.
+    #[error("range {index} in STATE has attributes {bits:#x}, as no page has")]
+    Impossible {
+        /// Which range.
+        index: usize,
+        /// Its attributes.
+        bits: u64,
     },
     /// The ranges in a `STATE` are not sorted and disjoint.
     #[error("range {0} in STATE does not lie above the one before it")]
@@ -149,17 +163,17 @@ pub enum Message {
         seq: u64,
         /// The VM's generation.
         generation: u64,
-        /// What is denied where.
+        /// What holds where.
         table: Table,
     },
-    /// The answer to a `PROTECT`.
+    /// The answer to a `PROTECT` or a `SEAL`.
     Result {
-        /// That of the `PROTECT`.
+        /// That of the request.
         seq: u64,
         /// How it ended.
         outcome: Outcome,
     },
-    /// A refused access.
+    /// A refused or watched access.
     Violation(Violation),
     /// The VM was reset.
     Reset {
@@ -244,9 +258,15 @@ fn decode_hello(fields: &mut Fields<'_>) -> Result<VmInfo, WireError> {
     if max_request_ranges == 0 {
         return Err(field("max_request_ranges", 0u32));
     }
+    let _slots_free = fields.u32();
+    let policy = fields.u32();
+    let policy = decode_policy(policy).ok_or_else(|| field("policy", policy))?;
+    let audit = Deny::from_bits_truncate(fields.u64());
     Ok(VmInfo {
         accelerator,
         deny,
+        audit,
+        policy,
         generation,
         max_ranges,
         max_request_ranges,
@@ -269,8 +289,11 @@ fn decode_state(fields: &mut Fields<'_>) -> Result<Table, WireError> {
         if above.is_some_and(|above| range.start() <= above) {
             return Err(WireError::Unsorted(index));
         }
+        if attributes.is_free() || attributes.bits() != bits {
+            return Err(WireError::Impossible { index, bits });
+        }
         above = Some(range.end());
-        table.add(&Protection { range, attributes });
+        table.tell(&Protection { range, attributes });
     }
     Ok(table)
 }
@@ -280,18 +303,44 @@ fn decode_violation(fields: &mut Fields<'_>) -> Result<Violation, WireError> {
     if kind != 1 {
         return Err(field("type of VIOLATION", kind));
     }
+    let access = match fields.u16() {
+        1 => Access::Write,
+        2 => Access::Fetch,
+        3 => Access::Read,
+        other => return Err(field("access of VIOLATION", other)),
+    };
+    let source = match fields.u32() {
+        SOURCE_DEVICE => Source::Device,
+        vcpu => Source::Vcpu(vcpu),
+    };
+    let [gpa, gva, rip, value] = [0; 4].map(|_| fields.u64());
+    let [size, times] = [0; 2].map(|_| fields.u32());
+    let lost = fields.u64();
+    let action = match fields.u32() {
+        5 => Action::Audit,
+        other => decode_policy(other)
+            .map(Action::Refused)
+            .ok_or_else(|| field("action of VIOLATION", other))?,
+    };
     Ok(Violation {
-        access: fields.u16(),
-        source: fields.u32(),
-        gpa: fields.u64(),
-        gva: fields.u64(),
-        rip: fields.u64(),
-        value: fields.u64(),
-        size: fields.u32(),
-        times: fields.u32(),
-        lost: fields.u64(),
-        action: fields.u32(),
+        access,
+        source,
+        gpa,
+        gva,
+        rip,
+        value,
+        size,
+        times,
+        lost,
+        action,
     })
+}
+
+fn decode_policy(number: u32) -> Option<Policy> {
+    use Policy::*;
+    [(1, Inject), (2, Drop), (3, Pause), (4, Shutdown)]
+        .into_iter()
+        .find_map(|(n, policy)| (n == number).then_some(policy))
 }
 
 fn field(field: &'static str, value: impl Into<u64>) -> WireError {
@@ -309,17 +358,32 @@ pub fn encode_hello() -> Vec<u8> {
     bytes
 }
 
-/// `PROTECT`, with the ranges in the order given.
-pub fn encode_protect(seq: u64, generation: u64, protections: &[Protection]) -> Vec<u8> {
-    let count = u32::try_from(protections.len()).expect("at most 4096 ranges in a request");
+/// `PROTECT` or `SEAL`.
+pub fn encode_order(seq: u64, generation: u64, order: &Order) -> Vec<u8> {
+    match order {
+        Order::Lock(entries) => encode_protect(seq, generation, entries, Attributes::IMMUTABLE),
+        Order::Protect(entries) => encode_protect(seq, generation, entries, 0),
+        Order::Seal => {
+            let mut bytes = header(TYPE_SEAL, 16, seq);
+            bytes.extend(generation.to_le_bytes());
+            bytes.extend(0u64.to_le_bytes());
+            bytes
+        }
+    }
+}
+
+/// `PROTECT`, with the ranges in the guest's order, and the mark of their kind on all of them.
+fn encode_protect(seq: u64, generation: u64, entries: &[Protection], mark: u64) -> Vec<u8> {
+    let count = u32::try_from(entries.len()).expect("at most 4096 ranges in a request");
     let mut bytes = header(TYPE_PROTECT, 16 + count * RANGE_SIZE, seq);
     bytes.extend(generation.to_le_bytes());
     bytes.extend(count.to_le_bytes());
     bytes.extend(0u32.to_le_bytes());
-    for Protection { range, attributes } in protections {
+    for Protection { range, attributes } in entries {
         bytes.extend(range.start().number().to_le_bytes());
         bytes.extend(range.end().number().to_le_bytes());
-        bytes.extend(attributes.bits().to_le_bytes());
+        let bits = attributes.bits() & !Attributes::IMMUTABLE | mark;
+        bytes.extend(bits.to_le_bytes());
     }
     bytes
 }

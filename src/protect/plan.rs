@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! From what is asked for to what changes: an order is held against a table as a whole.
+//!
+//! For n entries that touch m ranges of the table this takes O((n + m) log (n + m)), however the
+//! entries overlap: they are made disjoint first, and then laid over the table once. Pure; the
+//! table is not touched.
+
+use std::ops::Range;
+
+use rangemap::RangeMap;
+
+use super::table::span_of;
+use super::{Attributes, Deny, Protection, Table};
+
+/// What a guest asks for. The attributes of entries are what is asked for on each page; whether
+/// they are marked immutable is of no account here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Add these to what holds, for good. Where entries overlap they add up.
+    Lock(Vec<Protection>),
+    /// Let these take the place of what holds. Where entries overlap the last one counts.
+    Protect(Vec<Protection>),
+    /// What holds now is for good.
+    Seal,
+}
+
+impl Order {
+    /// The entries, in the order in which they were asked for.
+    pub fn entries(&self) -> &[Protection] {
+        match self {
+            Self::Lock(entries) | Self::Protect(entries) => entries,
+            Self::Seal => &[],
+        }
+    }
+}
+
+/// An order would loosen an immutable page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("entry {index} would loosen an immutable page")]
+pub struct Loosens {
+    /// The first entry that does.
+    pub index: usize,
+}
+
+/// What an order comes to on one table: what each page that it touches is to become.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Disjoint and ascending. Free attributes take a page out of the table.
+    pieces: Vec<(Range<u64>, Attributes)>,
+}
+
+impl Change {
+    /// How many pages are touched.
+    pub fn pages(&self) -> u64 {
+        self.pieces
+            .iter()
+            .map(|(span, _)| span.end - span.start)
+            .sum()
+    }
+
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (Range<u64>, Attributes)> + '_ {
+        self.pieces.iter().cloned()
+    }
+
+    pub(super) fn of(table: &Table, order: &Order) -> Result<Self, Loosens> {
+        match order {
+            Order::Lock(entries) => Ok(Self::lock(table, entries)),
+            Order::Protect(entries) => Self::protect(table, entries),
+            Order::Seal => Ok(Self::seal(table)),
+        }
+    }
+
+    fn lock(table: &Table, entries: &[Protection]) -> Self {
+        let mut pieces = Vec::new();
+        for (span, asked) in added_up(entries) {
+            table.each_within(&span, |part, held| {
+                pieces.push((part, held.union(asked).locked()));
+            });
+        }
+        Self { pieces }
+    }
+
+    fn protect(table: &Table, entries: &[Protection]) -> Result<Self, Loosens> {
+        let mut pieces = Vec::new();
+        let mut loosens = None::<usize>;
+        for (span, &(index, asked)) in last_counts(entries).iter() {
+            table.each_within(span, |part, held| {
+                if !held.is_immutable() {
+                    pieces.push((part, asked));
+                } else if !held.is_loosened_by(asked) {
+                    pieces.push((part, asked.locked()));
+                } else {
+                    loosens = Some(loosens.map_or(index, |first| first.min(index)));
+                }
+            });
+        }
+        match loosens {
+            Some(index) => Err(Loosens { index }),
+            None => Ok(Self { pieces }),
+        }
+    }
+
+    fn seal(table: &Table) -> Self {
+        let pieces = table
+            .iter()
+            .filter(|held| !held.attributes.is_immutable())
+            .map(|held| (span_of(held.range), held.attributes.locked()))
+            .collect();
+        Self { pieces }
+    }
+}
+
+/// Entries made disjoint, each page with the last one that names it and its index.
+fn last_counts(entries: &[Protection]) -> RangeMap<u64, (usize, Attributes)> {
+    let mut map = RangeMap::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let asked = Attributes::new(entry.attributes.deny(), entry.attributes.audit());
+        map.insert(span_of(entry.range), (index, asked));
+    }
+    map
+}
+
+/// Entries made disjoint and ascending, each page with all that is asked for on it.
+///
+/// Goes through the ends of all entries in order and counts, for each right, the entries that
+/// are open there.
+fn added_up(entries: &[Protection]) -> Vec<(Range<u64>, Attributes)> {
+    let mut ends: Vec<(u64, bool, u64)> = Vec::with_capacity(2 * entries.len());
+    for Protection { range, attributes } in entries {
+        let span = span_of(*range);
+        let bits = attributes.bits() & !Attributes::IMMUTABLE;
+        ends.push((span.start, true, bits));
+        ends.push((span.end, false, bits));
+    }
+    ends.sort_unstable();
+    let mut open = [0u32; (2 * Attributes::AUDIT_SHIFT) as usize];
+    let mut pieces: Vec<(Range<u64>, Attributes)> = Vec::new();
+    let mut from = 0;
+    for (at, opens, bits) in ends {
+        if from < at {
+            let asked = of_counts(&open);
+            match pieces.last_mut() {
+                Some((span, last)) if span.end == from && *last == asked => span.end = at,
+                _ if asked.is_free() => {}
+                _ => pieces.push((from..at, asked)),
+            }
+        }
+        from = at;
+        for (bit, count) in open.iter_mut().enumerate() {
+            if bits >> bit & 1 != 0 {
+                *count = if opens { *count + 1 } else { *count - 1 };
+            }
+        }
+    }
+    pieces
+}
+
+fn of_counts(open: &[u32]) -> Attributes {
+    let bits: u64 = open
+        .iter()
+        .enumerate()
+        .filter(|&(_, &count)| count > 0)
+        .map(|(bit, _)| 1 << bit)
+        .sum();
+    Attributes::new(
+        Deny::from_bits_truncate(bits),
+        Deny::from_bits_truncate(bits >> Attributes::AUDIT_SHIFT),
+    )
+}
