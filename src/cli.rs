@@ -4,19 +4,23 @@
 
 use std::fmt;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{ArgGroup, Parser, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 /// Companion process of QEMU that lets a guest lock its own memory.
 ///
 /// QEMU connects to two UNIX sockets of it: --socket-path takes the virtio device's queues
 /// (vhost-user), --control-path the requests to the object that enforces them (vm-guard).
 /// Start it before QEMU; it serves one QEMU at a time, and the next when that one is gone. It may
-/// be killed and started again under a running guest: what is locked stays locked.
+/// be killed and started again under a running guest: what is locked stays locked. On a third
+/// socket, --status-path, it tells whoever connects what is in force; `vhost-guard show` prints it.
 #[derive(Debug, Parser)]
 #[command(
     version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    disable_help_subcommand = true,
     after_help = "\
 Example:
   vhost-guard --socket-path /run/vm1/guard &
@@ -26,8 +30,11 @@ Example:
     -object vm-guard,id=guard0,chardev=guardctl \\
     -device vhost-user-guard-pci,chardev=guard,guard=guard0
 
-Both sockets are made with mode 0600: run QEMU as the same user. SIGTERM or SIGINT ends the \
+The sockets are made with mode 0600: run QEMU as the same user. SIGTERM or SIGINT ends the \
 process at once and removes them. The log goes to standard error.
+
+What is in force, and the last violations:
+  vhost-guard show --socket-path /run/vm1/guard
 
 Exit status: 0 after SIGTERM or SIGINT, 1 on an error, 2 on a wrong command line."
 )]
@@ -35,6 +42,9 @@ Exit status: 0 after SIGTERM or SIGINT, 1 on an error, 2 on a wrong command line
     ["socket_path", "fd", "print_capabilities"]
 ))]
 pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+
     /// Listen for QEMU's vhost-user front end on a new UNIX socket at PATH.
     #[arg(long, value_name = "PATH")]
     pub(crate) socket_path: Option<PathBuf>,
@@ -53,6 +63,17 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "N")]
     pub(crate) control_fd: Option<RawFd>,
 
+    /// Listen for `vhost-guard show` on a new UNIX socket at PATH [default: the socket path with
+    /// ".status" added; with --fd, none].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) status_path: Option<PathBuf>,
+
+    /// Add a line of JSON for each violation to FILE, which is made with mode 0600 if it is not
+    /// there. Of a flood 200 lines are written at once and 10 a second after that; what is held
+    /// back is counted in the next line.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
+
     /// Print what this program is, as JSON for QEMU and libvirt (vhost-user.json), and exit.
     #[arg(long)]
     pub(crate) print_capabilities: bool,
@@ -60,6 +81,85 @@ pub(crate) struct Cli {
     /// How much to log.
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub(crate) log_level: LogLevel,
+}
+
+/// What to do instead of serving a VM.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Show(Show),
+}
+
+/// Print what a running companion knows: what is in force, what was counted, what was refused.
+///
+/// Asks the companion's status socket, which is named by its own path or by one of the other two.
+/// Nothing is changed by it, and the guest does not notice.
+#[derive(Args, Debug)]
+#[command(
+    group = ArgGroup::new("socket").required(true).args(
+        ["socket_path", "status_path", "control_path"]
+    ),
+    after_help = "\
+Examples:
+  vhost-guard show --socket-path /run/vm1/guard
+  vhost-guard show --socket-path /run/vm1/guard --json | jq .counters
+
+Exit status: 0, 1 if no companion answers, 2 on a wrong command line."
+)]
+pub(crate) struct Show {
+    /// The companion's --socket-path; its status socket is PATH with ".status" added.
+    #[arg(long, value_name = "PATH")]
+    socket_path: Option<PathBuf>,
+
+    /// The companion's --status-path.
+    #[arg(long, value_name = "PATH")]
+    status_path: Option<PathBuf>,
+
+    /// The companion's control socket, if its name is that of the socket with ".ctl" added.
+    #[arg(long, value_name = "PATH")]
+    control_path: Option<PathBuf>,
+
+    /// Print the JSON document as the companion sends it.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// From a control socket of another name than the default there is no way to the status socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "--control-path does not end in \".ctl\", so it says nothing of the status socket: \
+     give --status-path"
+)]
+pub(crate) struct NoStatus;
+
+impl Show {
+    /// Where the status socket is.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be derived from what was given.
+    pub(crate) fn socket(&self) -> Result<PathBuf, NoStatus> {
+        if let Some(path) = &self.status_path {
+            return Ok(path.clone());
+        }
+        if let Some(path) = &self.socket_path {
+            return Ok(beside(path, ".status"));
+        }
+        // Not by extension: "guard.ctl" and "ctl" are to be told apart, and "guard.sock.ctl" works.
+        let control = self.control_path.as_deref().and_then(Path::to_str);
+        let socket = control
+            .and_then(|path| path.strip_suffix(".ctl"))
+            .filter(|path| !path.is_empty() && !path.ends_with('/'));
+        socket
+            .map(|path| beside(Path::new(path), ".status"))
+            .ok_or(NoStatus)
+    }
+}
+
+/// The path with `end` added.
+fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(end);
+    path.into()
 }
 
 /// How much to log.
@@ -115,14 +215,24 @@ impl fmt::Display for Endpoint {
 #[error("--fd needs --control-path or --control-fd")]
 pub(crate) struct NoControl;
 
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Endpoints {
+    /// For the vhost-user front end.
+    pub(crate) front_end: Endpoint,
+    /// For the control channel.
+    pub(crate) control: Endpoint,
+    /// For the status socket, if there is to be one.
+    pub(crate) status: Option<PathBuf>,
+}
+
 impl Cli {
-    /// Where to listen, for the front end and for the control channel. `None` when the program
-    /// only prints something.
+    /// Where to listen. `None` when the program only prints something.
     ///
     /// # Errors
     ///
     /// The control channel's place is neither given nor to be derived.
-    pub(crate) fn endpoints(&self) -> Result<Option<(Endpoint, Endpoint)>, NoControl> {
+    pub(crate) fn endpoints(&self) -> Result<Option<Endpoints>, NoControl> {
         let front_end = match (&self.socket_path, self.fd) {
             (Some(path), _) => Endpoint::Path(path.clone()),
             (None, Some(fd)) => Endpoint::Fd(fd),
@@ -131,14 +241,15 @@ impl Cli {
         let control = match (&self.control_path, self.control_fd, &self.socket_path) {
             (Some(path), ..) => Endpoint::Path(path.clone()),
             (None, Some(fd), _) => Endpoint::Fd(fd),
-            (None, None, Some(path)) => {
-                let mut path = path.clone().into_os_string();
-                path.push(".ctl");
-                Endpoint::Path(path.into())
-            }
+            (None, None, Some(path)) => Endpoint::Path(beside(path, ".ctl")),
             (None, None, None) => return Err(NoControl),
         };
-        Ok(Some((front_end, control)))
+        let default_status = || Some(beside(self.socket_path.as_deref()?, ".status"));
+        Ok(Some(Endpoints {
+            front_end,
+            control,
+            status: self.status_path.clone().or_else(default_status),
+        }))
     }
 }
 
@@ -146,10 +257,15 @@ impl Cli {
 mod tests {
     use super::*;
 
-    fn endpoints(args: &[&str]) -> Result<Option<(Endpoint, Endpoint)>, NoControl> {
-        Cli::try_parse_from([&["vhost-guard"], args].concat())
-            .unwrap()
-            .endpoints()
+    fn parse(args: &[&str]) -> Cli {
+        Cli::try_parse_from([&["vhost-guard"], args].concat()).unwrap()
+    }
+
+    fn endpoints(
+        args: &[&str],
+    ) -> Result<Option<(Endpoint, Endpoint, Option<PathBuf>)>, NoControl> {
+        let endpoints = parse(args).endpoints()?;
+        Ok(endpoints.map(|e| (e.front_end, e.control, e.status)))
     }
 
     #[test]
@@ -158,22 +274,46 @@ mod tests {
     }
 
     #[test]
-    fn the_control_socket_lies_beside_the_other_unless_told() {
+    fn the_other_sockets_lie_beside_the_first_unless_told() {
         let path = |p: &str| Endpoint::Path(p.into());
+        let status = |p: &str| Some(PathBuf::from(p));
         assert_eq!(
             endpoints(&["--socket-path", "a"]),
-            Ok(Some((path("a"), path("a.ctl"))))
+            Ok(Some((path("a"), path("a.ctl"), status("a.status"))))
         );
         assert_eq!(
             endpoints(&["--socket-path", "a", "--control-path", "b"]),
-            Ok(Some((path("a"), path("b"))))
+            Ok(Some((path("a"), path("b"), status("a.status"))))
         );
         assert_eq!(
             endpoints(&["--fd", "3", "--control-fd", "4"]),
-            Ok(Some((Endpoint::Fd(3), Endpoint::Fd(4))))
+            Ok(Some((Endpoint::Fd(3), Endpoint::Fd(4), None)))
+        );
+        assert_eq!(
+            endpoints(&["--fd", "3", "--control-fd", "4", "--status-path", "s"]),
+            Ok(Some((Endpoint::Fd(3), Endpoint::Fd(4), status("s"))))
         );
         assert_eq!(endpoints(&["--fd", "3"]), Err(NoControl));
         assert_eq!(endpoints(&["--print-capabilities"]), Ok(None));
+    }
+
+    #[test]
+    fn show_finds_the_status_socket_from_each_of_the_three() {
+        let socket = |args: &[&str]| match parse(&[&["show"], args].concat()).command {
+            Some(Command::Show(show)) => show.socket(),
+            None => panic!("not show"),
+        };
+        for (option, path, found) in [
+            ("--socket-path", "/run/g", Ok("/run/g.status")),
+            ("--status-path", "/run/s", Ok("/run/s")),
+            ("--control-path", "/run/g.ctl", Ok("/run/g.status")),
+            ("--control-path", "g.sock.ctl", Ok("g.sock.status")),
+            ("--control-path", "/run/control", Err(NoStatus)),
+            ("--control-path", "/run/.ctl", Err(NoStatus)),
+            ("--control-path", ".ctl", Err(NoStatus)),
+        ] {
+            assert_eq!(socket(&[option, path]), found.map(PathBuf::from), "{path}");
+        }
     }
 
     #[test]
@@ -191,6 +331,11 @@ mod tests {
             ],
             &["--fd", "x"],
             &["--socket-path", "a", "--log-level", "loud"],
+            &["show"],
+            &["show", "--json"],
+            &["show", "--socket-path", "a", "--status-path", "b"],
+            &["--socket-path", "a", "show", "--socket-path", "a"],
+            &["display", "--socket-path", "a"],
         ] {
             let error = Cli::try_parse_from([&["vhost-guard"], args].concat()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{args:?}");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Ties the device to its two sockets: a thread for the control channel, and the loop that serves
-//! one vhost-user connection after another.
+//! Ties the device to its sockets: a thread for the control channel, one for the status socket, and
+//! the loop that serves one vhost-user connection after another.
 
 use std::convert::Infallible;
 use std::io;
@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use crate::device::Device;
 use crate::device::backend::{AGAIN, Backend};
 use crate::log_limit::{Chain, LogLimit, log_limited};
+use crate::report::{Witness, status};
 use crate::vm::enforcer::VmEvents;
 use crate::vm::qemu::channel::{self, ChannelError, Outbox};
 
@@ -51,24 +52,50 @@ enum ConnectionError {
     Serve(vhost_user_backend::Error),
 }
 
-/// Serves a device: QEMU's vhost-user front end on `front_end`, its `vm-guard` object on `control`.
+/// Where a daemon listens.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For QEMU's vhost-user front end.
+    pub front_end: UnixListener,
+    /// For QEMU's `vm-guard` object.
+    pub control: UnixListener,
+    /// For whoever wants to know what is in force.
+    pub status: Option<UnixListener>,
+}
+
+/// Serves a device on its sockets, and tells `witness` of each violation.
 ///
 /// # Errors
 ///
 /// Returns only if something fails without which nothing can be served.
-pub fn run(front_end: UnixListener, control: UnixListener) -> Result<Infallible, DaemonError> {
+pub fn run(
+    listeners: Listeners,
+    witness: Option<Arc<dyn Witness>>,
+) -> Result<Infallible, DaemonError> {
+    let Listeners {
+        front_end,
+        control,
+        status,
+    } = listeners;
     let outbox = Arc::new(Outbox::new()?);
-    let device = Arc::new(Device::new(outbox.clone()));
+    let device = Arc::new(Device::new(outbox.clone(), witness));
     let events: Arc<dyn VmEvents> = device.clone();
     let (ended, first_end) = mpsc::channel();
     spawn("control-channel", ended.clone(), move || {
         let Err(e) = channel::serve(control, &outbox, &events);
         e.into()
     })?;
+    if let Some(status) = status {
+        let device = device.clone();
+        spawn("status", ended.clone(), move || {
+            status::serve(&status, || device.snapshot())
+        })?;
+    }
     spawn("front-ends", ended, move || {
         serve_front_ends(&device, front_end)
     })?;
-    // Neither returns while all is well, and one is of no use without the other.
+    // None returns while all is well. Without one of the first two the other is of no use, and the
+    // end of the third is a bug that is to be seen.
     Err(first_end.recv().unwrap_or(DaemonError::Panicked("daemon")))
 }
 

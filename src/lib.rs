@@ -5,7 +5,8 @@
 //!
 //! A request walks one way: [`device`] takes it out of the guest's control queue and has
 //! [`protect`] check it, [`vm`] carries it to whoever owns the VM, and the answer goes back into
-//! the queue. [`daemon`] ties the parts to sockets. The formats are specified in
+//! the queue. What happens is told to people and programs by [`report`]. [`daemon`] ties the
+//! parts to sockets. The formats are specified in
 //! `docs/device.md` and `docs/control-channel.md`.
 
 pub mod daemon;
@@ -13,5 +14,7 @@ pub mod device;
 pub mod fd;
 mod log_limit;
 pub mod protect;
+pub mod report;
 pub mod socket;
+mod token_bucket;
 pub mod vm;

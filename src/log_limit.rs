@@ -8,6 +8,8 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::token_bucket::TokenBucket;
+
 /// A token bucket for one class of log lines.
 #[derive(Debug)]
 pub(crate) struct LogLimit {
@@ -17,8 +19,7 @@ pub(crate) struct LogLimit {
 
 #[derive(Debug)]
 struct Bucket {
-    tokens: f64,
-    filled: Instant,
+    tokens: TokenBucket,
     suppressed: u64,
 }
 
@@ -43,21 +44,15 @@ impl LogLimit {
     }
 
     fn permit_at(&self, now: Instant) -> Option<Permit> {
-        let full = f64::from(self.burst);
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         let bucket = bucket.get_or_insert(Bucket {
-            tokens: full,
-            filled: now,
+            tokens: TokenBucket::new(self.burst, 1, now),
             suppressed: 0,
         });
-        let seconds = now.saturating_duration_since(bucket.filled).as_secs_f64();
-        bucket.tokens = (bucket.tokens + seconds).min(full);
-        bucket.filled = bucket.filled.max(now);
-        if bucket.tokens < 1.0 {
+        if !bucket.tokens.take(now) {
             bucket.suppressed += 1;
             return None;
         }
-        bucket.tokens -= 1.0;
         Some(Permit {
             suppressed: std::mem::take(&mut bucket.suppressed),
         })

@@ -1,28 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The program: command line, log, signals and sockets, in this order, and then the daemon.
+//! The program: command line, log, signals, files and sockets, in this order, and then the daemon;
+//! or `show`, which asks one.
 
 mod cli;
+mod show;
 
 use std::convert::Infallible;
 use std::error::Error;
 use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{self, ExitCode};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use clap::{CommandFactory, Parser};
 use log::{LevelFilter, info};
 use rustix::fs::Mode;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
-use vhost_guard::daemon::{self, DaemonError};
+use vhost_guard::daemon::{self, DaemonError, Listeners};
 use vhost_guard::fd;
+use vhost_guard::report::Witness;
+use vhost_guard::report::events_file::{EventsFile, EventsFileError};
 use vhost_guard::socket::{Socket, SocketError};
 
-use cli::{Cli, Endpoint};
+use cli::{Cli, Command, Endpoint, Endpoints};
+use show::ShowError;
 
 const CAPABILITIES: &str = r#"{
   "type": "guard",
@@ -42,25 +50,39 @@ enum MainError {
         source: io::Error,
     },
     #[error(transparent)]
+    Events(#[from] EventsFileError),
+    #[error(transparent)]
     Daemon(#[from] DaemonError),
+    #[error(transparent)]
+    Show(#[from] ShowError),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let (front_end, control) = match cli.endpoints() {
-        Ok(Some(endpoints)) => endpoints,
-        Ok(None) => {
-            return match writeln!(io::stdout(), "{CAPABILITIES}") {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
-            };
+    let ended = if let Some(Command::Show(show)) = &cli.command {
+        match show.socket() {
+            Ok(path) => show::run(&path, show.json).map_err(MainError::from),
+            Err(e) => wrong_command_line(&e),
         }
-        Err(e) => Cli::command()
-            .error(clap::error::ErrorKind::MissingRequiredArgument, e)
-            .exit(),
+    } else {
+        match cli.endpoints() {
+            Ok(Some(endpoints)) => {
+                start_log(cli.log_level.into());
+                let Err(error) = run(&endpoints, cli.events.as_deref());
+                Err(error)
+            }
+            Ok(None) => {
+                return match writeln!(io::stdout(), "{CAPABILITIES}") {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(_) => ExitCode::FAILURE,
+                };
+            }
+            Err(e) => wrong_command_line(&e),
+        }
     };
-    start_log(cli.log_level.into());
-    let Err(error) = run(&front_end, &control);
+    let Err(error) = ended else {
+        return ExitCode::SUCCESS;
+    };
     let mut line = format!("vhost-guard: error: {error}");
     let mut source = error.source();
     while let Some(cause) = source {
@@ -70,6 +92,12 @@ fn main() -> ExitCode {
     // If nobody listens there is nobody to tell.
     let _ = writeln!(io::stderr(), "{line}");
     ExitCode::FAILURE
+}
+
+fn wrong_command_line(error: &dyn Error) -> ! {
+    Cli::command()
+        .error(clap::error::ErrorKind::MissingRequiredArgument, error)
+        .exit()
 }
 
 fn start_log(level: LevelFilter) {
@@ -87,19 +115,31 @@ fn start_log(level: LevelFilter) {
     log.init();
 }
 
-fn run(front_end: &Endpoint, control: &Endpoint) -> Result<Infallible, MainError> {
-    // Sockets are for their owner only. No other thread runs yet.
+fn run(endpoints: &Endpoints, events: Option<&Path>) -> Result<Infallible, MainError> {
+    // What is made here is for its owner only. No other thread runs yet.
     rustix::process::umask(Mode::from_raw_mode(0o177));
     let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(MainError::Signals)?;
+    // A file that may not grow is an error of write(), as a full disk is, and not the end.
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(MainError::Signals)?;
+    let events = events.map(EventsFile::open).transpose()?.map(Arc::new);
+    let Endpoints {
+        front_end,
+        control,
+        status,
+    } = endpoints;
     let (front_end_socket, front_end_listener) = listen(front_end)?;
     let (control_socket, control_listener) = listen(control)?;
-    info!("listening: front_end={front_end} control={control}");
-    let sockets = Arc::new([front_end_socket, control_socket]);
+    let (status_socket, status_listener) = status.as_deref().map(Socket::bind).transpose()?.unzip();
+    info!(
+        "listening: front_end={front_end} control={control} status={}",
+        status.as_deref().unwrap_or(Path::new("none")).display()
+    );
+    let sockets = Arc::new([front_end_socket, control_socket, status_socket]);
     let remove = {
         let sockets = Arc::clone(&sockets);
         move || sockets.iter().flatten().for_each(Socket::remove)
     };
-    let at_end = remove.clone();
+    let (at_end, last_events) = (remove.clone(), events.clone());
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
@@ -108,11 +148,19 @@ fn run(front_end: &Endpoint, control: &Endpoint) -> Result<Infallible, MainError
                 // that is under way waits in the guest's ring for the next companion.
                 info!("ended by signal {signal}");
                 at_end();
+                if let Some(events) = last_events {
+                    events.finish();
+                }
                 process::exit(0);
             }
         })
         .map_err(MainError::Signals)?;
-    let Err(error) = daemon::run(front_end_listener, control_listener);
+    let listeners = Listeners {
+        front_end: front_end_listener,
+        control: control_listener,
+        status: status_listener,
+    };
+    let Err(error) = daemon::run(listeners, events.map(|events| events as Arc<dyn Witness>));
     remove();
     Err(error.into())
 }

@@ -14,15 +14,18 @@ mod guarded;
 mod ring;
 pub mod wire;
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use vhost_user_backend::VringMutex;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::{Change, Order, Table};
+use crate::report::{Counters, Seen, Snapshot, Witness};
 use crate::vm::enforcer::{Enforcer, Outcome, Unexpected, Violation, VmEvents, VmInfo};
 use control::Requests;
 use events::Events;
@@ -39,9 +42,13 @@ const CONTROL: u32 = 0;
 /// Queue 1.
 const EVENTS: u32 = 1;
 
+/// Violations that are remembered for whoever asks.
+const REMEMBERED: usize = 64;
+
 /// The device.
 pub struct Device {
     enforcer: Arc<dyn Enforcer>,
+    witness: Option<Arc<dyn Witness>>,
     state: Mutex<State>,
     greeted: Condvar,
 }
@@ -55,6 +62,8 @@ struct State {
     table: Table,
     requests: Requests,
     events: Events,
+    /// The last violations, oldest first.
+    recent: VecDeque<Seen>,
     last_seq: u64,
     /// The request that the VM's owner is carrying out.
     under_way: Option<UnderWay>,
@@ -100,10 +109,12 @@ struct FrontEnd {
 }
 
 impl Device {
-    /// A device whose protections are enforced by `enforcer`.
-    pub fn new(enforcer: Arc<dyn Enforcer>) -> Self {
+    /// A device whose protections are enforced by `enforcer`, and whose violations are told to
+    /// `witness`.
+    pub fn new(enforcer: Arc<dyn Enforcer>, witness: Option<Arc<dyn Witness>>) -> Self {
         Self {
             enforcer,
+            witness,
             state: Mutex::default(),
             greeted: Condvar::new(),
         }
@@ -155,6 +166,24 @@ impl Device {
         state.rights()
     }
 
+    /// What is known now. Holds the lock only to copy it.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        Snapshot {
+            connected: state.link != Link::Down,
+            vm: state.vm,
+            table: state.table.clone(),
+            counters: Counters {
+                violations: state.events.violations,
+                events_lost: state.events.lost(),
+                malformed: state.malformed(),
+                requests_ok: state.requests.ok,
+                requests_refused: state.requests.refused,
+            },
+            violations: state.recent.iter().copied().collect(),
+        }
+    }
+
     fn config(&self) -> Config {
         let state = self.lock();
         Config {
@@ -165,7 +194,7 @@ impl Device {
             ranges_in_force: state.ranges_in_force(),
             violations: state.events.violations,
             events_lost: state.events.lost(),
-            malformed: state.requests.malformed + state.events.malformed,
+            malformed: state.malformed(),
         }
     }
 
@@ -208,6 +237,10 @@ impl Device {
 impl State {
     fn generation(&self) -> u64 {
         self.vm.map_or(0, |vm| vm.generation)
+    }
+
+    fn malformed(&self) -> u64 {
+        self.requests.malformed + self.events.malformed
     }
 
     fn ranges_in_force(&self) -> u32 {
@@ -356,6 +389,7 @@ impl State {
             self.vm = None;
             self.table = Table::default();
             self.events = Events::default();
+            self.recent.clear();
             (self.requests.malformed, self.requests.ok) = (0, 0);
             self.requests.refused = 0;
         }
@@ -469,9 +503,23 @@ impl VmEvents for Device {
 
     fn violation(&self, violation: Violation) {
         log_limited!(VIOLATIONS, Warn, "violation: {violation}");
+        let time = Timestamp::now();
         let mut state = self.lock();
+        let seen = Seen {
+            time,
+            generation: state.generation(),
+            violation,
+        };
+        if state.recent.len() >= REMEMBERED {
+            state.recent.pop_front();
+        }
+        state.recent.push_back(seen);
         state.events.push(violation);
         state.serve_events();
+        drop(state);
+        if let Some(witness) = &self.witness {
+            witness.seen(&seen);
+        }
     }
 
     fn reset(&self, generation: u64) {

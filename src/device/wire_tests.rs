@@ -32,9 +32,8 @@ fn expected(kind: u8, entries: &[[u64; 3]]) -> Result<(), Refusal> {
     const TOP: u64 = (1 << 52) - 1;
     for (&[start, end, attributes], index) in entries.iter().zip(0..) {
         let no_range = start > TOP || end > TOP || start > end;
-        let errno = if no_range || attributes & !0xf0f != 0 {
-            Errno::Einval
-        } else if kind == 1 && attributes == 0 || kind == 4 && attributes != 0 {
+        let not_for_this = kind == 1 && attributes == 0 || kind == 4 && attributes != 0;
+        let errno = if no_range || attributes & !0xf0f != 0 || not_for_this {
             Errno::Einval
         } else if attributes & !0x105 != 0 {
             Errno::Eopnotsupp

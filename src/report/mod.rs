@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the host is told of a VM, as JSON: [`events_file`] as it happens, [`status`] when asked.
+//!
+//! Here are the documents, which README.md describes. Knows the device's state by its types, and
+//! changes nothing.
+
+pub mod events_file;
+pub mod status;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::protect::{Deny, Protection, Table};
+use crate::vm::enforcer::{Violation, VmInfo};
+
+/// Says which [`Status`] a document is. Fields may be added to one; anything else changes it.
+pub const FORMAT: u32 = 1;
+
+/// A violation, and when it was heard of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// By the companion's clock.
+    pub time: Timestamp,
+    /// The VM's generation then.
+    pub generation: u64,
+    /// What was seen.
+    pub violation: Violation,
+}
+
+/// Is told of each violation. May be called with a lock held, so it must not wait.
+pub trait Witness: Send + Sync {
+    /// A violation was heard of.
+    fn seen(&self, seen: &Seen);
+}
+
+/// What the device knows at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The owner of the VM is there. If not, the rest is what it said last.
+    pub connected: bool,
+    /// What is known of the VM.
+    pub vm: Option<VmInfo>,
+    /// What is in force.
+    pub table: Table,
+    /// What was counted.
+    pub counters: Counters,
+    /// The last violations, oldest first.
+    pub violations: Vec<Seen>,
+}
+
+/// What was counted since the companion knows the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Accesses refused or watched.
+    pub violations: u64,
+    /// Violations of which the guest was not told, because nobody took the event.
+    pub events_lost: u64,
+    /// Chains of the guest that could not hold an answer.
+    pub malformed: u64,
+    /// Requests answered with status 0.
+    pub requests_ok: u64,
+    /// Requests answered with another.
+    pub requests_refused: u64,
+}
+
+/// The document of the status socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Version of the companion.
+    pub companion: String,
+    /// QEMU's `vm-guard` is there. If not, the rest is what it said last.
+    pub connected: bool,
+    /// What runs the guest; null while no VM is known.
+    pub accel: Option<String>,
+    /// The VM's generation; null while no VM is known.
+    pub generation: Option<u64>,
+    /// What becomes of a denied access; null while no VM is known.
+    pub on_violation: Option<String>,
+    /// What this VM can enforce.
+    pub deny_bits: Vec<String>,
+    /// What this VM can watch.
+    pub audit_bits: Vec<String>,
+    /// How much can be asked for.
+    pub limits: Limits,
+    /// What is in force, in ascending order.
+    pub ranges: Vec<Range>,
+    /// What was counted.
+    pub counters: Counters,
+    /// The last violations, oldest first.
+    pub violations: Vec<Event>,
+}
+
+/// How much can be asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Most disjoint ranges in force at once.
+    pub max_ranges: u32,
+    /// Most entries in one request.
+    pub max_request_ranges: u32,
+}
+
+/// A range in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    /// Its first frame.
+    pub gfn_start: u64,
+    /// Its last frame.
+    pub gfn_end: u64,
+    /// How many frames that are.
+    pub pages: u64,
+    /// What is denied.
+    pub deny: Vec<String>,
+    /// What is watched.
+    pub audit: Vec<String>,
+    /// Whether it holds until system reset.
+    pub immutable: bool,
+}
+
+/// A violation, in both documents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When the companion heard of it: RFC 3339, UTC.
+    pub time: String,
+    /// The VM's generation.
+    pub generation: u64,
+    /// "write", "fetch" or "read".
+    pub access: String,
+    /// "vcpu" and its number, or "device".
+    pub source: String,
+    /// Guest-physical address.
+    pub gpa: String,
+    /// Linear address; null when not known.
+    pub gva: Option<String>,
+    /// Instruction pointer; null when not known.
+    pub rip: Option<String>,
+    /// Bytes; null when not known.
+    pub size: Option<u32>,
+    /// What was to be written; null when not known.
+    pub value: Option<String>,
+    /// How often it was seen since it was last told.
+    pub times: u32,
+    /// "inject", "drop", "pause", "shutdown"; "audit" if it went through.
+    pub action: String,
+    /// Violations that QEMU could not tell of before this one, in all.
+    pub lost: u64,
+}
+
+impl From<&Seen> for Event {
+    fn from(seen: &Seen) -> Self {
+        let hex = |number: u64| format!("{number:#x}");
+        let known = |address: u64| (address != Violation::UNKNOWN).then(|| hex(address));
+        let violation = &seen.violation;
+        let size = (violation.size != 0).then_some(violation.size);
+        Self {
+            time: format!("{:.6}", seen.time),
+            generation: seen.generation,
+            access: violation.access.to_string(),
+            source: violation.source.to_string(),
+            gpa: hex(violation.gpa),
+            gva: known(violation.gva),
+            rip: known(violation.rip),
+            size,
+            value: size.map(|_| hex(violation.value)),
+            times: violation.times.max(1),
+            action: violation.action.to_string(),
+            lost: violation.lost,
+        }
+    }
+}
+
+impl From<&Snapshot> for Status {
+    fn from(snapshot: &Snapshot) -> Self {
+        let vm = snapshot.vm.as_ref();
+        Self {
+            format: FORMAT,
+            companion: env!("CARGO_PKG_VERSION").into(),
+            connected: snapshot.connected,
+            accel: vm.map(|vm| vm.accelerator.to_string()),
+            generation: vm.map(|vm| vm.generation),
+            on_violation: vm.map(|vm| vm.policy.to_string()),
+            deny_bits: vm.map_or_else(Vec::new, |vm| names(vm.deny)),
+            audit_bits: vm.map_or_else(Vec::new, |vm| names(vm.audit)),
+            limits: vm.map_or_else(Limits::default, |vm| Limits {
+                max_ranges: vm.max_ranges,
+                max_request_ranges: vm.max_request_ranges,
+            }),
+            ranges: snapshot.table.iter().map(Range::from).collect(),
+            counters: snapshot.counters,
+            violations: snapshot.violations.iter().map(Event::from).collect(),
+        }
+    }
+}
+
+impl From<Protection> for Range {
+    fn from(Protection { range, attributes }: Protection) -> Self {
+        Self {
+            gfn_start: range.start().number(),
+            gfn_end: range.end().number(),
+            pages: range.pages(),
+            deny: names(attributes.deny()),
+            audit: names(attributes.audit()),
+            immutable: attributes.is_immutable(),
+        }
+    }
+}
+
+fn names(rights: Deny) -> Vec<String> {
+    rights.iter_names().map(|(name, _)| name.into()).collect()
+}
