@@ -3,6 +3,7 @@
 //! The companion as a process.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -22,19 +23,34 @@ impl Companion {
         Self::start_in(TempDir::new().unwrap())
     }
 
+    /// Starts one with more options, in which a path is relative to its directory.
+    pub fn start_with(args: &[&str]) -> Self {
+        Self::start_in_with(TempDir::new().unwrap(), args)
+    }
+
     /// Starts one that makes its sockets in `dir`, and waits until it listens.
     pub fn start_in(dir: TempDir) -> Self {
-        let mut companion = Self::spawn_in(dir);
+        Self::start_in_with(dir, &[])
+    }
+
+    pub fn start_in_with(dir: TempDir, args: &[&str]) -> Self {
+        Self::start_command(Self::command(), dir, args)
+    }
+
+    pub fn start_command(command: Command, dir: TempDir, args: &[&str]) -> Self {
+        let mut companion = Self::spawn_in(command, dir, args);
         companion.wait_for_log("listening:");
         companion.assert_runs();
         companion
     }
 
-    fn spawn_in(dir: TempDir) -> Self {
+    fn spawn_in(mut command: Command, dir: TempDir, args: &[&str]) -> Self {
         let log = dir.path().join("log");
-        let child = Self::command()
+        let child = command
             .arg("--socket-path")
             .arg(dir.path().join("guard.sock"))
+            .args(args)
+            .current_dir(dir.path())
             .stderr(File::create(&log).unwrap())
             .stdin(Stdio::null())
             .spawn()
@@ -52,6 +68,18 @@ impl Companion {
 
     pub fn control_path(&self) -> PathBuf {
         self.dir.path().join("guard.sock.ctl")
+    }
+
+    pub fn status_path(&self) -> PathBuf {
+        self.dir.path().join("guard.sock.status")
+    }
+
+    /// What its status socket says.
+    pub fn status(&self) -> serde_json::Value {
+        let mut stream = UnixStream::connect(self.status_path()).unwrap();
+        let mut document = Vec::new();
+        stream.read_to_end(&mut document).unwrap();
+        serde_json::from_slice(&document).unwrap()
     }
 
     pub fn connect_control(&self) -> UnixStream {
@@ -112,11 +140,15 @@ impl Companion {
     }
 
     /// Kills it as `kill -9` does, and starts another in the same place.
-    pub fn kill_and_restart(mut self) -> Self {
+    pub fn kill_and_restart(self) -> Self {
+        self.kill_and_restart_with(&[])
+    }
+
+    pub fn kill_and_restart_with(mut self, args: &[&str]) -> Self {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         let dir = std::mem::replace(&mut self.dir, TempDir::new().unwrap());
-        Self::start_in(dir)
+        Self::start_in_with(dir, args)
     }
 
     /// Clock ticks of processor time that it has used.
