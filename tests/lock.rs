@@ -8,14 +8,6 @@ use common::front_end::F_NOWRITE;
 use common::guest::{INDIRECT, NEXT, Used, WRITE, lock_request, request};
 use common::*;
 
-fn refused(status: u32, index: u32) -> Response {
-    Response {
-        status,
-        index,
-        value: 0,
-    }
-}
-
 #[test]
 fn a_lock_is_answered_after_the_vm_guard_has_enforced_it() {
     let mut s = Setup::new();
@@ -59,7 +51,6 @@ fn a_lock_is_answered_after_the_vm_guard_has_enforced_it() {
 
 /// One good entry.
 const GOOD: (u64, u64, u64) = (0x100, 0x100, NOWRITE);
-const TOP: u64 = (1 << 52) - 1;
 
 #[test]
 fn each_wrong_request_gets_the_errno_and_index_of_the_specification() {

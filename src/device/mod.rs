@@ -3,7 +3,7 @@
 //! The virtio device: what survives its vhost-user connections, behind one lock.
 //!
 //! Three threads call in: the vring worker and the vhost-user thread through [`backend`], the
-//! control channel's through [`VmEvents`]. Each takes the device's lock, then that of a vring, and
+//! control channel's through `VmEvents`. Each takes the device's lock, then that of a vring, and
 //! never waits with either held. Knows the enforcer as a trait, and no socket.
 
 pub mod backend;
@@ -12,13 +12,13 @@ mod control;
 mod events;
 mod guarded;
 mod ring;
+mod vm_events;
 pub mod wire;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use vhost_user_backend::VringMutex;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::{Change, Order, Table};
 use crate::report::{Counters, Seen, Snapshot, Witness};
-use crate::vm::enforcer::{Enforcer, Outcome, Unexpected, Violation, VmEvents, VmInfo};
+use crate::vm::enforcer::{Enforcer, Outcome, VmInfo};
 use control::Requests;
 use events::Events;
 use ring::{Left, Ring};
@@ -34,8 +34,6 @@ use wire::{Config, Errno, Limits, MAX_REQUEST_RANGES, Rights};
 
 static CHANGED: LogLimit = LogLimit::new(10);
 static REFUSED: LogLimit = LogLimit::new(10);
-static VIOLATIONS: LogLimit = LogLimit::new(10);
-static CONNECTIONS: LogLimit = LogLimit::new(10);
 
 /// Queue 0.
 const CONTROL: u32 = 0;
@@ -425,127 +423,5 @@ fn describe(order: &Order) -> String {
         Order::Lock(entries) => format!("LOCK of {} ranges", entries.len()),
         Order::Protect(entries) => format!("PROTECT of {} ranges", entries.len()),
         Order::Seal => "SEAL".into(),
-    }
-}
-
-impl VmEvents for Device {
-    fn connected(&self, vm: VmInfo) {
-        let mut state = self.lock();
-        if state
-            .vm
-            .is_some_and(|known| known.generation != vm.generation)
-        {
-            state.begin_generation(vm.generation);
-        }
-        state.vm = Some(vm);
-        state.link = Link::Greeted;
-        drop(state);
-        self.greeted.notify_all();
-    }
-
-    fn state(&self, seq: u64, generation: u64, table: Table) -> Result<(), Unexpected> {
-        let mut state = self.lock();
-        if seq == 0 && state.link == Link::Greeted {
-            state.link = Link::Up;
-            if let Some(vm) = &state.vm {
-                log_limited!(
-                    CONNECTIONS,
-                    Info,
-                    "QEMU connected: accelerator={} deny=\"{}\" audit=\"{}\" \
-                     generation={generation} ranges_in_force={}",
-                    vm.accelerator,
-                    vm.deny,
-                    vm.audit,
-                    table.len()
-                );
-            }
-        } else if state.state_asked == Some(seq) {
-            state.state_asked = None;
-            if state.table != table {
-                log_limited!(
-                    CONNECTIONS,
-                    Warn,
-                    "QEMU enforces something else than asked; its word counts"
-                );
-            }
-        } else {
-            return Err(Unexpected { what: "STATE", seq });
-        }
-        if state.generation() != generation {
-            state.begin_generation(generation);
-        }
-        state.table = table;
-        state.serve_control(&*self.enforcer);
-        Ok(())
-    }
-
-    fn result(&self, seq: u64, outcome: Outcome) -> Result<(), Unexpected> {
-        let mut state = self.lock();
-        let under_way = state
-            .under_way
-            .take_if(|under_way| under_way.seq == seq)
-            .ok_or(Unexpected {
-                what: "RESULT",
-                seq,
-            })?;
-        state.apply(&under_way, &outcome);
-        if outcome.ranges_in_force != state.ranges_in_force() {
-            state.ask_state(&*self.enforcer);
-        }
-        if !under_way.orphaned {
-            state.requests.finish(outcome);
-        }
-        state.serve_control(&*self.enforcer);
-        // Its ring may have been where it could not be served.
-        state.serve_events();
-        Ok(())
-    }
-
-    fn violation(&self, violation: Violation) {
-        log_limited!(VIOLATIONS, Warn, "violation: {violation}");
-        let time = Timestamp::now();
-        let mut state = self.lock();
-        let seen = Seen {
-            time,
-            generation: state.generation(),
-            violation,
-        };
-        if state.recent.len() >= REMEMBERED {
-            state.recent.pop_front();
-        }
-        state.recent.push_back(seen);
-        state.events.push(violation);
-        state.serve_events();
-        drop(state);
-        if let Some(witness) = &self.witness {
-            witness.seen(&seen);
-        }
-    }
-
-    fn reset(&self, generation: u64) {
-        log_limited!(
-            CONNECTIONS,
-            Info,
-            "the VM was reset: generation={generation}, nothing is in force"
-        );
-        let mut state = self.lock();
-        state.begin_generation(generation);
-        state.serve_control(&*self.enforcer);
-    }
-
-    fn disconnected(&self) {
-        let mut state = self.lock();
-        if state.link == Link::Up {
-            log_limited!(
-                CONNECTIONS,
-                Info,
-                "QEMU disconnected from the control channel; what is in force stays in force"
-            );
-        }
-        state.link = Link::Down;
-        // A request that was under way is sent again: asking twice changes nothing.
-        state.under_way = None;
-        state.state_asked = None;
-        state.forget_unconnected();
     }
 }

@@ -40,6 +40,23 @@ pub const NOREAD: u64 = 4;
 pub const NOEXEC_KERNEL: u64 = 8;
 pub const AUDIT_NOWRITE: u64 = 0x100;
 pub const ALL: u64 = 0xf;
+/// The highest frame number.
+pub const TOP: u64 = (1 << 52) - 1;
+
+/// The answer to an order that is in force in generation 1.
+pub const OK: Response = Response {
+    status: 0,
+    index: NO_INDEX,
+    value: 1,
+};
+
+pub fn refused(status: u32, index: u32) -> Response {
+    Response {
+        status,
+        index,
+        value: 0,
+    }
+}
 
 /// Asks `what` until it has an answer.
 pub fn wait_for<T>(name: &str, mut what: impl FnMut() -> Option<T>) -> T {
@@ -105,5 +122,36 @@ impl Setup {
         assert_eq!(protect.ranges, [(0x777, 0x777, NOWRITE | IMMUTABLE)]);
         self.vm_guard.succeed(&protect);
         assert_eq!(self.guest.response(head).status, 0);
+    }
+
+    /// Makes a request that is answered without the vm-guard.
+    pub fn ask(&mut self, bytes: &[u8]) -> Response {
+        let head = self.guest.request(bytes);
+        self.front_end.kick(0);
+        self.guest.response(head)
+    }
+
+    pub fn protect(&mut self, ranges: &[vm_guard::Range]) -> Response {
+        self.ask(&guest::request(
+            guest::PROTECT,
+            0,
+            ranges.len() as u32,
+            ranges,
+        ))
+    }
+
+    /// A query with room for so many ranges: how many there are, and those told.
+    pub fn query(&mut self, start: u64, end: u64, room: u32) -> (u64, Vec<vm_guard::Range>) {
+        let head = self
+            .guest
+            .request_with_room(&guest::query_request(start, end), 16 + 24 * room);
+        self.front_end.kick(0);
+        self.guest.query_response(head)
+    }
+
+    pub fn holds(&mut self) -> Vec<vm_guard::Range> {
+        let (count, ranges) = self.query(0, TOP, 100);
+        assert_eq!(count, ranges.len() as u64);
+        ranges
     }
 }

@@ -28,14 +28,14 @@ def message(kind, payload=b"", seq=0, flags=0, length=None):
     return struct.pack("<HHIQ", kind, flags, size, seq) + payload
 
 
-def qemu_hello(magic=MAGIC, version=1):
+def qemu_hello(magic=MAGIC, version=2):
     """What vm-guard says first."""
     return message(HELLO, struct.pack(
         "<IIIIQQIIIIQ", magic, version, 2, 12, NOWRITE, 1, 8192, 4096,
         0xffffffff, 1, 0))
 
 
-def companion_hello(magic=MAGIC, version=1):
+def companion_hello(magic=MAGIC, version=2):
     """What the companion says first."""
     return message(C_HELLO, struct.pack("<II", magic, version))
 
@@ -59,7 +59,7 @@ TO_COMPANION = {
     "half a header": message(HELLO)[:9],
     "no HELLO first": state(),
     "wrong magic": qemu_hello(magic=1),
-    "wrong version": qemu_hello(version=2),
+    "wrong version": qemu_hello(version=1),
     "HELLO twice": qemu_hello() + qemu_hello(),
     "short HELLO": message(HELLO, bytes(8)),
     "flags": qemu_hello() + message(RESET, struct.pack("<Q", 2), flags=1),

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the device does when it hears of the VM: from its owner, by one thread.
+//!
+//! The owner's word counts. What it says is in force replaces what was believed, and requests are
+//! held against nothing else.
+
+use jiff::Timestamp;
+
+use super::{Device, Link, REMEMBERED};
+use crate::log_limit::{LogLimit, log_limited};
+use crate::protect::Table;
+use crate::report::Seen;
+use crate::vm::enforcer::{Outcome, Unexpected, Violation, VmEvents, VmInfo};
+
+static VIOLATIONS: LogLimit = LogLimit::new(10);
+static CONNECTIONS: LogLimit = LogLimit::new(10);
+
+impl VmEvents for Device {
+    fn connected(&self, vm: VmInfo) {
+        let mut state = self.lock();
+        if state
+            .vm
+            .is_some_and(|known| known.generation != vm.generation)
+        {
+            state.begin_generation(vm.generation);
+        }
+        state.vm = Some(vm);
+        state.link = Link::Greeted;
+        drop(state);
+        self.greeted.notify_all();
+    }
+
+    fn state(&self, seq: u64, generation: u64, table: Table) -> Result<(), Unexpected> {
+        let mut state = self.lock();
+        if seq == 0 && state.link == Link::Greeted {
+            state.link = Link::Up;
+            if let Some(vm) = &state.vm {
+                log_limited!(
+                    CONNECTIONS,
+                    Info,
+                    "QEMU connected: accelerator={} deny=\"{}\" audit=\"{}\" \
+                     generation={generation} ranges_in_force={}",
+                    vm.accelerator,
+                    vm.deny,
+                    vm.audit,
+                    table.len()
+                );
+            }
+        } else if state.state_asked == Some(seq) {
+            state.state_asked = None;
+            if state.table != table {
+                log_limited!(
+                    CONNECTIONS,
+                    Warn,
+                    "QEMU enforces something else than asked; its word counts"
+                );
+            }
+        } else {
+            return Err(Unexpected { what: "STATE", seq });
+        }
+        if state.generation() != generation {
+            state.begin_generation(generation);
+        }
+        state.table = table;
+        state.serve_control(&*self.enforcer);
+        Ok(())
+    }
+
+    fn result(&self, seq: u64, outcome: Outcome) -> Result<(), Unexpected> {
+        let mut state = self.lock();
+        let under_way = state
+            .under_way
+            .take_if(|under_way| under_way.seq == seq)
+            .ok_or(Unexpected {
+                what: "RESULT",
+                seq,
+            })?;
+        state.apply(&under_way, &outcome);
+        if outcome.ranges_in_force != state.ranges_in_force() {
+            state.ask_state(&*self.enforcer);
+        }
+        if !under_way.orphaned {
+            state.requests.finish(outcome);
+        }
+        state.serve_control(&*self.enforcer);
+        // Its ring may have been where it could not be served.
+        state.serve_events();
+        Ok(())
+    }
+
+    fn violation(&self, violation: Violation) {
+        log_limited!(VIOLATIONS, Warn, "violation: {violation}");
+        let time = Timestamp::now();
+        let mut state = self.lock();
+        let seen = Seen {
+            time,
+            generation: state.generation(),
+            violation,
+        };
+        if state.recent.len() >= REMEMBERED {
+            state.recent.pop_front();
+        }
+        state.recent.push_back(seen);
+        state.events.push(violation);
+        state.serve_events();
+        drop(state);
+        if let Some(witness) = &self.witness {
+            witness.seen(&seen);
+        }
+    }
+
+    fn reset(&self, generation: u64) {
+        log_limited!(
+            CONNECTIONS,
+            Info,
+            "the VM was reset: generation={generation}, nothing is in force"
+        );
+        let mut state = self.lock();
+        state.begin_generation(generation);
+        state.serve_control(&*self.enforcer);
+    }
+
+    fn disconnected(&self) {
+        let mut state = self.lock();
+        if state.link == Link::Up {
+            log_limited!(
+                CONNECTIONS,
+                Info,
+                "QEMU disconnected from the control channel; what is in force stays in force"
+            );
+        }
+        state.link = Link::Down;
+        // A request that was under way is sent again: asking twice changes nothing.
+        state.under_way = None;
+        state.state_asked = None;
+        state.forget_unconnected();
+    }
+}
