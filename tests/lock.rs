@@ -193,7 +193,7 @@ fn what_the_vm_cannot_enforce_is_not_offered() {
 }
 
 #[test]
-fn without_a_vm_guard_nothing_is_offered() {
+fn without_a_vm_guard_nothing_is_offered_and_nothing_answered() {
     let companion = Companion::start();
     let mut guest = Guest::new();
     let mut front_end = FrontEnd::connect(&companion, &guest);
@@ -201,7 +201,44 @@ fn without_a_vm_guard_nothing_is_offered() {
     assert_eq!(front_end.config().deny_bits(), 0);
     let head = guest.lock(&[GOOD]);
     front_end.kick(0);
+    front_end.config();
+    assert_eq!(guest.try_used(0), None);
+    let _vm_guard = VmGuard::connect(&companion);
     assert_eq!(guest.response(head), refused(EOPNOTSUPP, 0));
+}
+
+#[test]
+fn nothing_is_written_before_it_is_known_what_is_locked() {
+    let mut s = Setup::new();
+    let head = s.guest.request(&request(9, 0, 0, &[]));
+    let page = s.guest.response_at(head) >> 12;
+    let event = s.guest.post_event_buffer(0, 64) >> 12;
+    let Setup {
+        companion,
+        mut guest,
+        ..
+    } = s;
+    // The other connection is there first, and so is half of this one.
+    let companion = companion.kill_and_restart();
+    let mut vm_guard = VmGuard::connect_silently(&companion);
+    vm_guard.send(vm_guard::HELLO, 0, &vm_guard::hello_payload(NOWRITE, 1));
+    let mut front_end = FrontEnd::connect(&companion, &guest);
+    let violation = vm_guard::violation_payload(0, 0x1000, 1, 0);
+    vm_guard.send(vm_guard::VIOLATION, 0, &violation);
+    wait_for("the violation", || {
+        (front_end.config().violations() == 1).then_some(())
+    });
+    front_end.kick(0);
+    front_end.kick(1);
+    front_end.config();
+    assert_eq!((guest.used_idx(0), guest.used_idx(1)), (0, 0));
+    let locked = NOWRITE | IMMUTABLE;
+    let state = vm_guard::state_payload(1, &[(event, event, locked), (page, page, locked)]);
+    vm_guard.send(vm_guard::STATE, 0, &state);
+    assert_eq!(guest.used(0), Used { head, len: 0 });
+    assert_eq!(guest.used(1), Used { head: 0, len: 0 });
+    let response = guest.read_response(guest.response_at(head));
+    assert_eq!(response.status, 0xeeee_eeee);
 }
 
 #[test]

@@ -58,6 +58,9 @@ struct State {
     link: Link,
     /// What is in force.
     table: Table,
+    /// The table is what this VM's owner has said, now or before it went. Until then it is not
+    /// known what may be read or written in the guest's memory, and no ring is looked at.
+    told: bool,
     requests: Requests,
     events: Events,
     /// The last violations, oldest first.
@@ -276,6 +279,9 @@ impl State {
     }
 
     fn serve_control(&mut self, enforcer: &dyn Enforcer) {
+        if !self.told {
+            return;
+        }
         let (limits, settled) = (self.limits(), self.is_settled());
         let Some(FrontEnd {
             control: Some(ring),
@@ -297,6 +303,9 @@ impl State {
     }
 
     fn serve_events(&mut self) {
+        if !self.told {
+            return;
+        }
         let Some(FrontEnd {
             events: Some(ring),
             memory,
@@ -386,6 +395,7 @@ impl State {
         if !in_use && self.link == Link::Down {
             self.vm = None;
             self.table = Table::default();
+            self.told = false;
             self.events = Events::default();
             self.recent.clear();
             (self.requests.malformed, self.requests.ok) = (0, 0);

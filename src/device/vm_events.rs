@@ -63,7 +63,9 @@ impl VmEvents for Device {
             state.begin_generation(generation);
         }
         state.table = table;
+        state.told = true;
         state.serve_control(&*self.enforcer);
+        state.serve_events();
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use tempfile::TempDir;
 
-use super::wait_for;
+use super::{DEADLINE, wait_for};
 
 pub struct Companion {
     child: Child,
@@ -77,6 +77,7 @@ impl Companion {
     /// What its status socket says.
     pub fn status(&self) -> serde_json::Value {
         let mut stream = UnixStream::connect(self.status_path()).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut document = Vec::new();
         stream.read_to_end(&mut document).unwrap();
         serde_json::from_slice(&document).unwrap()
