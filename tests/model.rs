@@ -23,7 +23,10 @@ struct Pages(BTreeMap<u64, u64>);
 
 /// 0 free, 1 watched, 2 denied, for each of the four rights.
 fn states(bits: u64) -> [u64; 4] {
-    [0, 1, 2, 3].map(|n| (bits >> n & 1) * 2 | (bits >> (n + 8) & !(bits >> n) & 1))
+    [0, 1, 2, 3].map(|n| match (bits >> n & 1, bits >> (n + 8) & 1) {
+        (1, _) => 2,
+        (_, audit) => audit,
+    })
 }
 
 fn bits_of(states: [u64; 4]) -> u64 {

@@ -24,6 +24,8 @@ impl VmEvents for Device {
             .is_some_and(|known| known.generation != vm.generation)
         {
             state.begin_generation(vm.generation);
+            // It may be another VM. What is in force in it is about to be told.
+            state.told = false;
         }
         state.vm = Some(vm);
         state.link = Link::Greeted;
