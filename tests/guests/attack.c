@@ -66,13 +66,60 @@ void check_trap(const char *what, u32 cpl)
 	if (!check(t->count == 1, "%s: %lu exceptions, not 1", what, t->count))
 		return;
 	check(t->cpl == cpl, "%s: exception at CPL %lu", what, t->cpl);
-	check(t->vector == 13 && t->error == 0, "%s: exception %lu error 0x%lx, not #GP(0)", what, t->vector, t->error);
+	if (page_faults)
+		check(t->vector == 14 && t->error == (cpl ? 7 : 3), "%s: exception %lu error 0x%lx, not #PF", what, t->vector, t->error);
+	else
+		check(t->vector == 13 && t->error == 0, "%s: exception %lu error 0x%lx, not #GP(0)", what, t->vector, t->error);
 	if (accel == ACCEL_TCG)
 		check(t->rip == t->start, "%s: rip 0x%lx, not at the store 0x%lx", what, t->rip, t->start);
 	else
 		/* A rep store traps per element, with RIP still on it. */
 		check(t->rip == t->end || t->rip == t->start, "%s: rip 0x%lx, store is 0x%lx-0x%lx", what, t->rip, t->start,
 		      t->end);
+}
+
+#define CR2_BEFORE	0x123456789000ull
+
+u64 attempt(op_fn *op, void *va, u64 value, const void *source, u32 cpl)
+{
+	u64 r;
+
+	trap_of(this_cpu())->count = 0;
+	write_cr2(CR2_BEFORE);
+	barrier();
+	r = cpl ? run_user(op, va, value, source) : op(va, value, source);
+	barrier();
+	return r;
+}
+
+bool not_faulted(const char *what)
+{
+	struct trap *t = trap_of(this_cpu());
+
+	return check(!t->count, "%s: exception %lu, error 0x%lx", what, t->vector, t->error);
+}
+
+bool faulted(const char *what, u32 access, u64 gva, u32 cpl)
+{
+	struct trap *t = trap_of(this_cpu());
+	u64 error = 0, cr2 = CR2_BEFORE, vector = 13;
+
+	if (!inject && access == A_WRITE)
+		return not_faulted(what);
+	if (page_faults) {
+		vector = 14;
+		cr2 = gva;
+		/* I/D only where something can be not executable: EFER.NXE (CR4.SMEP is off). */
+		error = 1 | (access == A_WRITE ? 2 : 0) | (cpl ? 4 : 0) |
+			(access == A_FETCH && (read_msr(0xc0000080) & 0x800) ? 16 : 0);
+	}
+	if (!check(t->count == 1, "%s: %lu exceptions, not 1", what, t->count))
+		return false;
+	return check(t->cpl == cpl, "%s: exception at CPL %lu", what, t->cpl) &
+	       check(t->vector == vector && t->error == error, "%s: exception %lu error 0x%lx, not %lu 0x%lx", what, t->vector,
+		     t->error, vector, error) &
+	       check(t->cr2 == cr2, "%s: CR2 0x%lx, not 0x%lx", what, t->cr2, cr2) &
+	       check(t->rip == t->start, "%s: rip 0x%lx, not 0x%lx", what, t->rip, t->start);
 }
 
 static void run(op_fn *op, void *va, u64 value, u32 cpl)

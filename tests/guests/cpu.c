@@ -20,13 +20,15 @@ static struct cpu {
 	struct tss tss;
 	struct trap trap;
 	u64 user_return;
+	u64 code_start, code_end;	/* a fault of a fetch from here is expected */
+	bool stack_fault;		/* #DF is */
 	volatile bool online;
 	void (*volatile work)(void *);
 	void *arg;
 } cpus[MAX_CPUS];
 
 extern u64 boot_gdt[7], trap_stubs[32];
-extern u8 stacks[], tramp_start[], tramp_end[], user_exit[], user_start[], user_end[];
+extern u8 tramp_start[], tramp_end[], user_exit[], user_start[], user_end[];
 extern u64 ap_stack;
 extern struct { u64 start, end; } extable_start[], extable_end[];
 u64 enter_user(u64 *saved_rsp, u64 rip, u64 rsp, u64 a0, u64 a1, u64 a2);
@@ -34,6 +36,7 @@ void leave_user(u64 saved_rsp, u64 result) __attribute__((noreturn));
 
 enum accel accel = ACCEL_OTHER;
 bool inject = true;
+bool page_faults;
 u32 n_cpus = 1;
 static struct gate idt[32];
 static u64 tsc_start, tsc_per_ms;
@@ -64,6 +67,24 @@ void write_cr0(u64 v)
 	asm volatile("movq %0, %%cr0" :: "r"(v) : "memory");
 }
 
+void write_cr2(u64 v)
+{
+	asm volatile("movq %0, %%cr2" :: "r"(v) : "memory");
+}
+
+u64 read_msr(u32 msr)
+{
+	u32 a, d;
+
+	asm volatile("rdmsr" : "=a"(a), "=d"(d) : "c"(msr));
+	return (u64)d << 32 | a;
+}
+
+void write_msr(u32 msr, u64 v)
+{
+	asm volatile("wrmsr" :: "a"((u32)v), "d"((u32)(v >> 32)), "c"(msr) : "memory");
+}
+
 void shut(u8 code)
 {
 	for (;;) {
@@ -83,6 +104,24 @@ void trap(struct frame *f)
 	asm volatile("movq %%cr2, %0" : "=r"(cr2));
 	if (user && f->vector == 6 && rip == (u64)user_exit)
 		leave_user(c->user_return, f->rax);
+	if (f->rip - c->code_start < c->code_end - c->code_start) {
+		c->trap = (struct trap) {
+			.count = c->trap.count + 1, .vector = f->vector, .error = f->error, .cr2 = cr2,
+			.start = f->rip, .end = f->rip, .rip = f->rip, .cpl = f->cs & 3,
+		};
+		/* As if the code returned. */
+		f->rip = *(u64 *)f->rsp;
+		f->rsp += 8;
+		f->rax = FETCH_FAULT;
+		return;
+	}
+	if (c->stack_fault && f->vector == 8) {
+		c->trap = (struct trap) {
+			.count = c->trap.count + 1, .vector = f->vector, .error = f->error, .cr2 = cr2,
+			.start = f->rip, .end = f->rip, .rip = f->rip, .cpl = f->cs & 3,
+		};
+		leave_user(c->user_return, FETCH_FAULT);
+	}
 	for (typeof(&extable_start[0]) e = extable_start; e < extable_end; e++) {
 		if (rip < e->start || rip > e->end)
 			continue;
@@ -108,6 +147,7 @@ static void cpu_tables(u32 n)
 	c->gdt[6] = tss >> 32;
 	/* Exceptions from CPL 3 take the lower half of the stack, what called run_user() keeps the upper. */
 	c->tss.rsp[0] = (u64)stacks + n * STACK_SIZE + STACK_SIZE / 2;
+	c->tss.ist[0] = c->tss.rsp[0] - STACK_SIZE / 4;
 	c->tss.iomap = sizeof(c->tss) << 16;
 	asm volatile("lgdt %0" :: "m"(p));
 	asm volatile("ltr %w0" :: "r"(0x28));
@@ -161,6 +201,7 @@ void cpu_init(void)
 		idt[i] = (struct gate) {
 			.lo = trap_stubs[i], .mid = trap_stubs[i] >> 16, .hi = trap_stubs[i] >> 32, .cs = 8, .flags = 0x8e00,
 		};
+	idt[8].flags |= 1;	/* #DF on a stack of its own */
 	cpu_tables(0);
 	cpuid(1, &a, &b, &c, &d);
 	if (c >> 31) {
@@ -175,6 +216,7 @@ void cpu_init(void)
 	if (opt_is("accel", "kvm"))
 		accel = ACCEL_KVM;
 	inject = !opt_is("policy", "drop");
+	page_faults = opt_is("fault", "pf");
 	calibrate();
 	tsc_start = rdtsc();
 }
@@ -200,6 +242,43 @@ u64 run_user(op_fn *op, void *address, u64 value, const void *source)
 u64 run_user_at(u64 rip)
 {
 	return user_call(rip, 0, 0, 0);
+}
+
+u64 call_code(void *code, u64 arg, u32 cpl)
+{
+	struct cpu *c = &cpus[this_cpu()];
+	u64 r;
+
+	c->trap.count = 0;
+	c->code_start = (u64)code & -PAGE;
+	c->code_end = c->code_start + 2 * PAGE;
+	write_cr2(0x123456789000ull);
+	barrier();
+	if (cpl)
+		r = user_call((u64)code, arg, 0, 0);
+	else
+		r = ((u64 (*)(u64))code)(arg);
+	barrier();
+	c->code_start = c->code_end = 0;
+	return r;
+}
+
+u64 run_user_stack(u64 rsp0, u32 *vector)
+{
+	struct cpu *c = &cpus[this_cpu()];
+	u64 old = c->tss.rsp[0], r;
+
+	c->trap.count = 0;
+	c->stack_fault = true;
+	c->tss.rsp[0] = rsp0;
+	barrier();
+	/* Straight to the #UD. */
+	r = user_call((u64)user_alias(user_exit), 0, 0, 0);
+	barrier();
+	c->tss.rsp[0] = old;
+	c->stack_fault = false;
+	*vector = c->trap.count ? c->trap.vector : 6;
+	return r;
 }
 
 void ap_main(void)

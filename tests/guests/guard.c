@@ -10,7 +10,7 @@
 struct guard guard;
 u64 reply_ns;
 static bool fake;
-static struct config fake_config = { 1, 4096, NOWRITE, MAX_REQ, 8192, 1, 0, 0, 0, 0, 0 };
+static struct config fake_config = { 1, 4096, DENY_ALL, MAX_REQ, 8192, 1, 0, 0, 0, 0, 0, DENY_ALL };
 static struct request *request;
 static struct response *response;
 static struct event *event_page;
@@ -49,9 +49,9 @@ void guard_open(void)
 	if (!vdev_find(&guard.dev, GUARD_ID, 0))
 		fail("no guard device (virtio ID 63) on PCI bus 0");
 	if (!guard.dev.config || guard.dev.config_len < sizeof(struct config))
-		fail("configuration space of %u bytes, not 64", guard.dev.config_len);
-	guard_start(F_VERSION_1 | F_NOWRITE, true, NULL, NULL);
-	if (guard.dev.features != (F_VERSION_1 | F_NOWRITE))
+		fail("configuration space of %u bytes, not 72", guard.dev.config_len);
+	guard_start(F_VERSION_1 | F_GUARD, true, NULL, NULL);
+	if ((guard.dev.features & (F_VERSION_1 | F_NOWRITE)) != (F_VERSION_1 | F_NOWRITE))
 		fail("VERSION_1 and NOWRITE are not both offered: 0x%lx", guard.dev.offered);
 }
 
@@ -106,13 +106,13 @@ u32 guard_send(const void *req, u32 len, struct response *resp)
 	return used;
 }
 
-struct response guard_lock_ranges(u32 n)
+struct response guard_request(u16 type, u32 n)
 {
 	struct request *r = request_buffer();
 	struct response resp;
 	u32 used;
 
-	r->type = 1;
+	r->type = type;
 	r->flags = 0;
 	r->count = n;
 	if (fake) {
@@ -120,14 +120,71 @@ struct response guard_lock_ranges(u32 n)
 		return (struct response) { 0, NO_INDEX, fake_config.generation };
 	}
 	used = guard_send(r, sizeof(*r) + n * sizeof(r->ranges[0]), &resp);
-	check(used == sizeof(resp), "used length %u of a lock's answer, not 16", used);
+	check(used == sizeof(resp), "used length %u of the answer to a request of type %u, not 16", used, type);
 	return resp;
+}
+
+struct response guard_lock_ranges(u32 n)
+{
+	return guard_request(LOCK, n);
 }
 
 struct response guard_lock(const void *page, u32 pages)
 {
 	request_buffer()->ranges[0] = (struct range) { gfn_of(page), gfn_of(page) + pages - 1, NOWRITE };
 	return guard_lock_ranges(1);
+}
+
+struct response guard_protect(const void *page, u32 pages, u64 attr)
+{
+	request_buffer()->ranges[0] = (struct range) { gfn_of(page), gfn_of(page) + pages - 1, attr };
+	return guard_request(PROTECT, 1);
+}
+
+void must_protect(const void *page, u64 attr)
+{
+	struct response r = guard_protect(page, 1, attr);
+
+	if (r.status)
+		fail("PROTECT of gpa 0x%lx, attributes 0x%lx: status %u, index 0x%x", (u64)page, attr, r.status, r.index);
+	check(r.index == NO_INDEX, "index 0x%x in a response with status 0", r.index);
+}
+
+struct response guard_seal(void)
+{
+	return guard_request(SEAL, 0);
+}
+
+/* The answer is longer than others: header, then up to `room` ranges. */
+struct response guard_query(u64 first, u64 last, struct range *to, u32 room, u32 *used_len)
+{
+	struct request *r = request_buffer();
+	struct sg sg[3] = {
+		{ (u64)r, sizeof(*r) + sizeof(r->ranges[0]), false }, { (u64)response, sizeof(*response), true },
+		{ (u64)to, room * sizeof(*to), true },
+	};
+
+	if (fake) {
+		*used_len = sizeof(*response);
+		return (struct response) { 0, NO_INDEX, 0 };
+	}
+	r->type = QUERY;
+	r->flags = 0;
+	r->count = 1;
+	r->ranges[0] = (struct range) { first, last, 0 };
+	memset(response, 0xee, sizeof(*response));
+	*used_len = guard_send_sg(sg, room ? 3 : 2);
+	return *response;
+}
+
+void need(u64 deny, u64 audit)
+{
+	struct config c = guard_config();
+
+	if (deny & ~c.deny_bits)
+		skip("this host does not enforce 0x%lx: deny bits 0x%lx", deny, c.deny_bits);
+	if (audit & ~c.audit_bits)
+		skip("this host cannot watch 0x%lx: audit bits 0x%lx", audit, c.audit_bits);
 }
 
 void must_lock(const void *page)

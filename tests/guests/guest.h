@@ -56,6 +56,7 @@ u64 opt_num(const char *key, u64 fallback);
 /* cpu.c */
 #define MAX_CPUS	4
 #define STACK_SIZE	0x8000ul
+extern u8 stacks[];
 
 struct trap {				/* what the last refused TRY met */
 	u64 count, vector, error, cr2, start, end, rip, cpl;
@@ -64,6 +65,7 @@ struct trap {				/* what the last refused TRY met */
 enum accel { ACCEL_TCG, ACCEL_KVM, ACCEL_OTHER };
 extern enum accel accel;
 extern bool inject;			/* policy: a refused store raises an exception */
+extern bool page_faults;		/* fault=pf: that is #PF, not #GP */
 extern u32 n_cpus;			/* running, 1 to MAX_CPUS */
 
 void cpu_init(void);
@@ -76,6 +78,13 @@ void cpu_call(u32 cpu, void (*fn)(void *), void *arg);	/* starts fn there */
 bool cpu_busy(u32 cpu);
 u64 run_user(u64 (*op)(void *, u64, const void *), void *address, u64 value, const void *source);
 u64 run_user_at(u64 rip);
+u64 call_code(void *code, u64 arg, u32 cpl);	/* runs what may not be run; a fault of the fetch is recorded and returns FETCH_FAULT */
+#define FETCH_FAULT	0xfe7c4fa017ull
+u64 run_user_stack(u64 rsp0, u32 *vector);	/* a trip to CPL 3, the way back over another stack; vector 8 if that leads to #DF */
+u64 read_msr(u32 msr);
+void write_msr(u32 msr, u64 v);
+void write_cr2(u64 v);
+void invlpg(const void *va);
 u64 read_cr0(void);
 void write_cr0(u64 v);
 void shut(u8 code) __attribute__((noreturn));
@@ -163,12 +172,26 @@ bool vq_wait(struct vq *q, u32 *head, u32 *len, u64 timeout_ns);
 /* guard.c */
 #define GUARD_ID	63
 #define F_NOWRITE	1ull
+#define F_NOEXEC	2ull
+#define F_NOREAD	4ull
+#define F_NOEXEC_KERNEL	8ull
+#define F_AUDIT		16ull
+#define F_GUARD		0x1full
 #define NOWRITE		1ull
+#define NOEXEC		2ull
+#define NOREAD		4ull
+#define NOEXEC_KERNEL	8ull
+#define DENY_ALL	15ull
+#define AUDIT(deny)	((deny) << 8)
+#define IMMUTABLE	(1ull << 63)
+enum { LOCK = 1, PROTECT, SEAL, QUERY };
+enum { A_WRITE = 1, A_FETCH, A_READ };
+enum { ACT_INJECT = 1, ACT_DROP, ACT_PAUSE, ACT_SHUTDOWN, ACT_AUDIT };
 #define NO_INDEX	0xffffffffu
 #define MAX_REQ		4096u
 #define UNKNOWN		(~0ull)
 #define SOURCE_DMA	0xffffffffu
-enum { EIO = 5, E2BIG = 7, EFAULT = 14, EBUSY = 16, EINVAL = 22, ENOSPC = 28, EOPNOTSUPP = 95, ESTALE = 116 };
+enum { EPERM = 1, EIO = 5, E2BIG = 7, EFAULT = 14, EBUSY = 16, EINVAL = 22, ENOSPC = 28, EOPNOTSUPP = 95, ESTALE = 116 };
 
 struct range { u64 start, end, attr; };
 struct request { u16 type, flags; u32 count; struct range ranges[]; };
@@ -178,9 +201,9 @@ struct event {
 };
 struct config {
 	u32 version, page_size; u64 deny_bits; u32 max_request_ranges, max_ranges; u64 generation; u32 ranges_in_force, reserved;
-	u64 violations, events_lost, malformed;
+	u64 violations, events_lost, malformed, audit_bits;
 };
-_Static_assert(sizeof(struct event) == 64 && sizeof(struct config) == 64, "as in docs/device.md");
+_Static_assert(sizeof(struct event) == 64 && sizeof(struct config) == 72, "as in docs/device.md");
 
 struct guard { struct vdev dev; struct vq control, events; };
 extern struct guard guard;
@@ -196,6 +219,12 @@ u32 guard_send_sg(const struct sg *sg, u32 n);
 struct response guard_lock_ranges(u32 n);	/* what is in request_buffer() */
 struct response guard_lock(const void *page, u32 pages);
 void must_lock(const void *page);
+void need(u64 deny, u64 audit);		/* ends the test with SKIP if the host does not offer these bits */
+struct response guard_request(u16 type, u32 n);	/* the first n of what is in request_buffer(), no answer but the header */
+struct response guard_protect(const void *page, u32 pages, u64 attr);
+void must_protect(const void *page, u64 attr);
+struct response guard_seal(void);
+struct response guard_query(u64 first, u64 last, struct range *to, u32 room, u32 *used_len);
 void post_event(void *buffer, u32 len);
 void post_events(u32 n);
 bool next_event(struct event *e, u32 *used_len, u64 timeout_ns);
@@ -204,7 +233,8 @@ bool next_event_on(const void *page, struct event *e, u64 timeout_ns);	/* drops 
 /* attack.c */
 typedef u64 op_fn(void *address, u64 value, const void *source);
 #define SPOIL	0x5a5a5a5a5a5a5a5aull	/* what an attack writes */
-extern op_fn op_mov64, op_mov32, op_mov16, op_mov8, op_load, op_push, op_movups, op_cmpxchg16b, op_fxsave, op_fistp;
+extern op_fn op_mov64, op_mov32, op_mov16, op_mov8, op_load, op_push, op_movups, op_cmpxchg16b, op_fxsave, op_fistp,
+	op_xadd, op_inc, op_load8, op_load128, op_cas16, op_fstp80, op_fld80, op_copy, op_set, op_scan;
 struct race { volatile u64 tries, stop; };
 extern op_fn op_race, op_race_xadd;
 void fill(void *page, u64 seed);
@@ -216,6 +246,11 @@ bool still_locked(const char *what, void *page, u64 seed);	/* the quick one: one
 bool writable(const char *what, void *page);			/* a store lands, at CPL 0 */
 void check_trap(const char *what, u32 cpl);
 u64 attack_source(bool user);
+/* Runs `op` as it is told to, and forgets what was trapped before. */
+u64 attempt(op_fn *op, void *va, u64 value, const void *source, u32 cpl);
+/* The last attempt on this CPU met exactly the fault that a denied access gets, or with `drop` a store none. */
+bool faulted(const char *what, u32 access, u64 gva, u32 cpl);
+bool not_faulted(const char *what);
 
 /* tests */
 void t_probe(void), t_machine(void);
@@ -223,6 +258,9 @@ void t_lock_cpl0(void), t_lock_cpl3(void), t_lock_alias(void), t_lock_device_res
 	t_lock_unemulated(void), t_many(void), t_nospc(void);
 void t_lock_dma(void), t_lock_fwcfg(void), t_lock_balloon(void), t_lock_busy(void), t_lock_ring(void), t_lock_companion(void);
 void t_race(void);
+void t_deny_rights(void), t_deny_fetch(void), t_deny_cross(void), t_deny_smc(void), t_deny_rep(void), t_deny_walk(void),
+	t_deny_push(void), t_deny_atomic(void), t_deny_running(void), t_deny_toggle(void);
+void t_protect(void), t_seal(void), t_query(void), t_watch(void);
 void t_atomic(void), t_errors(void);
 void t_events(void), t_events_lost(void);
 void t_hold(void), t_bench(void);

@@ -25,6 +25,20 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "lock-ring", t_lock_ring, "another device's used ring; needs virtio-rng-pci" },
 	{ "lock-companion", t_lock_companion, "the guard device's own buffers and rings" },
 	{ "race", t_race, "OK against stores of another CPU; rounds=, stores=, seconds=; needs -smp 2" },
+	{ "deny-rights", t_deny_rights, "each deny bit, CPL and kind of access: the fault and the event" },
+	{ "deny-fetch", t_deny_fetch, "instructions that begin or end on a page without execution" },
+	{ "deny-cross", t_deny_cross, "accesses of 8, 10, 16 and 512 bytes over the edge of a page" },
+	{ "deny-smc", t_deny_smc, "code that changes itself on pages without a right" },
+	{ "deny-rep", t_deny_rep, "rep movs, stos, lods into a denied page: progress up to the edge" },
+	{ "deny-walk", t_deny_walk, "page tables on denied pages" },
+	{ "deny-push", t_deny_push, "exception delivery to a stack on a denied page" },
+	{ "deny-atomic", t_deny_atomic, "locked and 16-byte read-modify-writes" },
+	{ "deny-running", t_deny_running, "execution denied where another CPU runs; needs -smp 2" },
+	{ "deny-toggle", t_deny_toggle, "rights come and go below atomic operations; rounds=; needs -smp 2" },
+	{ "protect", t_protect, "PROTECT: set, changed, taken back, refused where immutable" },
+	{ "seal", t_seal, "SEAL" },
+	{ "query", t_query, "QUERY" },
+	{ "watch", t_watch, "watched accesses go through and are counted" },
 	{ "many", t_many, "n= disjoint ranges, default 8192" },
 	{ "nospc", t_nospc, "until ENOSPC" },
 	{ "atomic", t_atomic, "one bad entry of 4096; bad=index for one more place" },
@@ -185,17 +199,25 @@ void t_probe(void)
 	check(pci_read(guard.dev.pci, 0) >> 16 == 0x107f, "PCI device ID 0x%x", pci_read(guard.dev.pci, 0) >> 16);
 	check(guard.dev.offered & F_INDIRECT_DESC, "INDIRECT_DESC not offered");
 	check(guard.dev.offered & F_EVENT_IDX, "EVENT_IDX not offered");
-	check(!(guard.dev.offered & 0xfffffe & ~F_NOWRITE), "feature bits offered that version 1 does not have");
+	check(!(guard.dev.offered & 0xffffff & ~F_GUARD), "feature bits offered that version 1 does not have");
+	check((guard.dev.offered & DENY_ALL) == c.deny_bits, "features 0x%lx, and deny bits 0x%lx", guard.dev.offered, c.deny_bits);
+	check(!(guard.dev.offered & F_AUDIT) == !c.audit_bits, "features 0x%lx, and audit bits 0x%lx", guard.dev.offered,
+	      c.audit_bits);
 	check(guard.control.size == QMAX && guard.events.size == QMAX, "queue sizes %u and %u", guard.control.size,
 	      guard.events.size);
 	check(c.version == 1 && c.page_size == 4096, "version %u, page size %u", c.version, c.page_size);
-	check(c.deny_bits == NOWRITE, "deny bits 0x%lx", c.deny_bits);
+	if (accel == ACCEL_TCG)
+		check(c.deny_bits == DENY_ALL && c.audit_bits == DENY_ALL, "deny bits 0x%lx, audit bits 0x%lx", c.deny_bits,
+		      c.audit_bits);
+	else
+		check(c.deny_bits == NOWRITE && !(c.audit_bits & ~NOWRITE), "deny bits 0x%lx, audit bits 0x%lx", c.deny_bits,
+		      c.audit_bits);
 	check(c.max_request_ranges == MAX_REQ, "max_request_ranges %u", c.max_request_ranges);
 	check(c.max_ranges >= 8192, "max_ranges %u", c.max_ranges);
 	check(c.ranges_in_force == 0, "%u ranges in force at boot", c.ranges_in_force);
 	check(c.reserved == 0, "reserved field 0x%x", c.reserved);
 	/* Writes are ignored. */
-	for (u32 i = 0; i < 64; i += 4)
+	for (u32 i = 0; i < sizeof(c); i += 4)
 		*(volatile u32 *)(guard.dev.config + i) = 0x5a5a5a5a;
 	d = guard_config();
 	check(!memcmp(&c, &d, sizeof(c)), "the configuration space can be written");
@@ -225,7 +247,7 @@ void main(struct start_info *info)
 		if (opt_is("test", tests[i].name)) {
 			test_name = tests[i].name;
 			diag("%s on %s, policy %s", test_name, accel == ACCEL_TCG ? "TCG" : accel == ACCEL_KVM ? "KVM" : "unknown",
-			     inject ? "inject" : "drop");
+			     inject ? page_faults ? "inject, #PF" : "inject" : "drop");
 			tests[i].run();
 		}
 	fail("no such test in \"%s\"; test=list prints them", cmdline);

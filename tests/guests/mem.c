@@ -84,7 +84,7 @@ void *alloc_lone_page(void)
 	return (u8 *)alloc_pages(3) + PAGE;
 }
 
-static void invlpg(void *va)
+void invlpg(const void *va)
 {
 	asm volatile("invlpg (%0)" :: "r"(va) : "memory");
 }

@@ -127,6 +127,61 @@ user_exit:
 	fninit
 	ret
 
+	OP load8
+	TRY movb (%rdi), %al
+	ret
+
+	OP load128
+	xorps %xmm0, %xmm0
+	TRY movups (%rdi), %xmm0
+	movq %xmm0, %rax
+	ret
+
+	/* Reads the operand by the one instruction only. */
+	OP cas16
+	pushq %rbx
+	xorl %eax, %eax
+	xorl %edx, %edx
+	movq %rsi, %rbx
+	movq %rsi, %rcx
+	TRY lock cmpxchg16b (%rdi)
+	popq %rbx
+	ret
+
+	OP fstp80
+	fldpi
+	TRY fstpt (%rdi)
+	fninit
+	ret
+
+	OP fld80
+	fninit
+	TRY fldt (%rdi)
+	fninit
+	ret
+
+	/* Three that take the number of bytes, and return how many are left. */
+	OP copy
+	movq %rsi, %rcx
+	movq %rdx, %rsi
+	TRY rep movsb
+	movq %rcx, %rax
+	ret
+
+	OP set
+	movq %rsi, %rcx
+	movl $0x5a, %eax
+	TRY rep stosb
+	movq %rcx, %rax
+	ret
+
+	OP scan
+	movq %rsi, %rcx
+	movq %rdi, %rsi
+	TRY rep lodsb
+	movq %rcx, %rax
+	ret
+
 	OP load
 	xorl %eax, %eax
 	TRY movq (%rdi), %rax

@@ -176,15 +176,15 @@ static void framing(void)
 
 static void types(void)
 {
-	static const u16 unknown[] = { 0, 2, 3, 0x100, 0x101, 0xffff };
-	static const char *const name[] = { "type-0", "type-2", "type-3", "type-256", "type-257", "type-65535" };
+	static const u16 unknown[] = { 0, 5, 6, 0x100, 0x101, 0xffff };
+	static const char *const name[] = { "type-0", "type-5", "type-6", "type-256", "type-257", "type-65535" };
 
 	for (u32 i = 0; i < ARRAY_SIZE(unknown); i++) {
 		header(unknown[i], 0, 1);
 		good_entries(1);
 		expect(name[i], 8 + 24, EOPNOTSUPP, NO_INDEX);
 	}
-	header(2, 1, 1);
+	header(5, 1, 1);
 	expect("unknown-type-before-flags", 8 + 24, EOPNOTSUPP, NO_INDEX);
 	header(1, 1, 1);
 	expect("flags-1", 8 + 24, EINVAL, NO_INDEX);
@@ -373,6 +373,8 @@ void t_errors(void)
 	u32 used, head;
 
 	guard_open();
+	/* All other bits: not offered, or at least not negotiated. */
+	guard_start(F_VERSION_1 | F_NOWRITE, true, NULL, NULL);
 	answer = alloc_page();
 	buffer = alloc_page();
 	good_gfn = gfn_of(alloc_lone_page());
