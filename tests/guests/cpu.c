@@ -178,6 +178,20 @@ static void calibrate(void)
 		tsc_per_ms = 1000000;
 }
 
+bool start_avx(void)
+{
+	u32 a, b, c, d;
+	u64 cr4;
+
+	cpuid(1, &a, &b, &c, &d);
+	if (!(c & 1 << 28) || !(c & 1 << 26))
+		return false;
+	asm volatile("movq %%cr4, %0" : "=r"(cr4));
+	asm volatile("movq %0, %%cr4" :: "r"(cr4 | 0x40000));
+	asm volatile("xsetbv" :: "a"(7), "d"(0), "c"(0));
+	return true;
+}
+
 u64 now_ns(void)
 {
 	u64 cycles = rdtsc() - tsc_start;

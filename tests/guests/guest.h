@@ -81,6 +81,7 @@ u64 run_user_at(u64 rip);
 u64 call_code(void *code, u64 arg, u32 cpl);	/* runs what may not be run; a fault of the fetch is recorded and returns FETCH_FAULT */
 #define FETCH_FAULT	0xfe7c4fa017ull
 u64 run_user_stack(u64 rsp0, u32 *vector);	/* a trip to CPL 3, the way back over another stack; vector 8 if that leads to #DF */
+bool start_avx(void);
 u64 read_msr(u32 msr);
 void write_msr(u32 msr, u64 v);
 void write_cr2(u64 v);
@@ -234,7 +235,7 @@ bool next_event_on(const void *page, struct event *e, u64 timeout_ns);	/* drops 
 typedef u64 op_fn(void *address, u64 value, const void *source);
 #define SPOIL	0x5a5a5a5a5a5a5a5aull	/* what an attack writes */
 extern op_fn op_mov64, op_mov32, op_mov16, op_mov8, op_load, op_push, op_movups, op_cmpxchg16b, op_fxsave, op_fistp,
-	op_xadd, op_inc, op_load8, op_load128, op_cas16, op_fstp80, op_fld80, op_copy, op_set, op_scan;
+	op_xadd, op_inc, op_load8, op_load128, op_mov256, op_cas16, op_fstp80, op_fld80, op_copy, op_set, op_scan;
 struct race { volatile u64 tries, stop; };
 extern op_fn op_race, op_race_xadd;
 void fill(void *page, u64 seed);

@@ -137,6 +137,13 @@ user_exit:
 	movq %xmm0, %rax
 	ret
 
+	OP mov256
+	vmovq %rsi, %xmm0
+	vpbroadcastq %xmm0, %ymm0
+	TRY vmovdqu %ymm0, (%rdi)
+	vzeroupper
+	ret
+
 	/* Reads the operand by the one instruction only. */
 	OP cas16
 	pushq %rbx
