@@ -83,6 +83,61 @@ class BareMetal(GuardTest):
     def test_race(self):
         self.check("race", smp=2, deadline=120)
 
+    # Those that need more than a host's NOWRITE skip themselves.
+
+    def test_deny_rights(self):
+        self.check("deny-rights")
+
+    def test_deny_fetch(self):
+        self.check("deny-fetch")
+
+    def test_deny_cross(self):
+        self.check("deny-cross")
+
+    def test_deny_smc(self):
+        self.check("deny-smc")
+
+    def test_deny_rep(self):
+        self.check("deny-rep")
+
+    def test_deny_walk(self):
+        self.check("deny-walk")
+
+    def test_deny_push(self):
+        self.check("deny-push")
+
+    def test_deny_atomic(self):
+        self.check("deny-atomic")
+
+    def test_deny_atomic_smp(self):
+        """With two CPUs TCG makes atomic operations of them."""
+        self.check("deny-atomic", smp=2)
+
+    def test_deny_running(self):
+        self.check("deny-running", smp=2, deadline=120)
+
+    def test_deny_toggle(self):
+        self.check("deny-toggle", smp=2, deadline=120)
+
+    def test_deny_nested(self):
+        self.check("deny-nested")
+
+    def test_protect(self):
+        self.check("protect")
+
+    def test_seal(self):
+        self.check("seal")
+
+    def test_query(self):
+        self.check("query")
+
+    def test_watch(self):
+        self.check("watch")
+
+    def test_watch_smp(self):
+        """With two CPUs TCG makes atomic operations of them."""
+        self.check("watch", smp=2)
+
     def test_atomic(self):
         self.check("atomic", deadline=120)
 
@@ -145,6 +200,28 @@ class Inject(BareMetal):
         else:
             self.assertEqual(vm.wait(), PASS, vm.console.tail())
         self.assertTrue(companion.alive(), "the companion is gone")
+
+
+class PageFault(BareMetal):
+    """The guest gets a page fault for each denied access.
+
+    :avocado: tags=tcg
+    """
+
+    policy = "inject"
+    fault = "pf"
+
+
+class NoPageFault(GuardTest):
+    """KVM cannot give one, and QEMU says so.
+
+    :avocado: tags=kvm,lab
+    """
+
+    def test_refused_at_start(self):
+        vm = self.bare_metal("probe", self.companion(), fault="pf")
+        self.assertEqual(vm.wait(), 1)
+        self.assertIn("fault=pf) needs accelerator TCG", vm.log.text())
 
 
 class Drop(BareMetal):

@@ -235,7 +235,7 @@ bool next_event_on(const void *page, struct event *e, u64 timeout_ns);	/* drops 
 typedef u64 op_fn(void *address, u64 value, const void *source);
 #define SPOIL	0x5a5a5a5a5a5a5a5aull	/* what an attack writes */
 extern op_fn op_mov64, op_mov32, op_mov16, op_mov8, op_load, op_push, op_movups, op_cmpxchg16b, op_fxsave, op_fistp,
-	op_xadd, op_inc, op_load8, op_load128, op_mov256, op_cas16, op_fstp80, op_fld80, op_copy, op_set, op_scan;
+	op_xadd, op_inc, op_load8, op_load128, op_mov256, op_cas16, op_fstp80, op_fld80, op_copy, op_set, op_scan, op_vmload, op_vmsave;
 struct race { volatile u64 tries, stop; };
 extern op_fn op_race, op_race_xadd;
 void fill(void *page, u64 seed);
@@ -253,6 +253,12 @@ u64 attempt(op_fn *op, void *va, u64 value, const void *source, u32 cpl);
 bool faulted(const char *what, u32 access, u64 gva, u32 cpl);
 bool not_faulted(const char *what);
 
+/* t_deny.c: a test of denied accesses, and what it must be told of them */
+void deny_begin(void);
+bool deny_told(const char *what, u32 access, const void *gpa, u64 gva, u64 rip, u32 times);	/* the next event; rip 0: any */
+u32 deny_drain(void);			/* events that are not looked at, how often */
+void deny_end(void) __attribute__((noreturn));	/* nothing else was told */
+
 /* tests */
 void t_probe(void), t_machine(void);
 void t_lock_cpl0(void), t_lock_cpl3(void), t_lock_alias(void), t_lock_device_reset(void), t_lock_covered(void), t_lock_pagetable(void),
@@ -261,6 +267,7 @@ void t_lock_dma(void), t_lock_fwcfg(void), t_lock_balloon(void), t_lock_busy(voi
 void t_race(void);
 void t_deny_rights(void), t_deny_fetch(void), t_deny_cross(void), t_deny_smc(void), t_deny_rep(void), t_deny_walk(void),
 	t_deny_push(void), t_deny_atomic(void), t_deny_running(void), t_deny_toggle(void);
+void t_deny_nested(void);
 void t_protect(void), t_seal(void), t_query(void), t_watch(void);
 void t_atomic(void), t_errors(void);
 void t_events(void), t_events_lost(void);

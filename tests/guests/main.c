@@ -35,6 +35,7 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "deny-atomic", t_deny_atomic, "locked and 16-byte read-modify-writes" },
 	{ "deny-running", t_deny_running, "execution denied where another CPU runs; needs -smp 2" },
 	{ "deny-toggle", t_deny_toggle, "rights come and go below atomic operations; rounds=; needs -smp 2" },
+	{ "deny-nested", t_deny_nested, "accesses and page walks of a nested guest (SVM)" },
 	{ "protect", t_protect, "PROTECT: set, changed, taken back, refused where immutable" },
 	{ "seal", t_seal, "SEAL" },
 	{ "query", t_query, "QUERY" },

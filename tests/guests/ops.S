@@ -144,6 +144,16 @@ user_exit:
 	vzeroupper
 	ret
 
+	OP vmload
+	movq %rdi, %rax
+	TRY vmload %rax
+	ret
+
+	OP vmsave
+	movq %rdi, %rax
+	TRY vmsave %rax
+	ret
+
 	/* Reads the operand by the one instruction only. */
 	OP cas16
 	pushq %rbx

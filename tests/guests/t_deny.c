@@ -6,7 +6,7 @@ static const u8 return_42[] = { 0xb8, 42, 0, 0, 0, 0xc3 };	/* mov $42, %eax; ret
 static u64 violations;		/* that there should have been */
 static struct config at_start;
 
-static void begin(void)
+void deny_begin(void)
 {
 	guard_open();
 	need(DENY_ALL, 0);
@@ -15,7 +15,7 @@ static void begin(void)
 }
 
 /* The next event is this one.  rip: 0 if it cannot be known here. */
-static bool told(const char *what, u32 access, const void *gpa, u64 gva, u64 rip, u32 times)
+bool deny_told(const char *what, u32 access, const void *gpa, u64 gva, u64 rip, u32 times)
 {
 	struct event e;
 	u32 len, action = !inject && access == A_WRITE ? ACT_DROP : ACT_INJECT;
@@ -34,6 +34,17 @@ static bool told(const char *what, u32 access, const void *gpa, u64 gva, u64 rip
 	return ok;
 }
 
+u32 deny_drain(void)
+{
+	struct event e;
+	u32 len, n = 0;
+
+	while (next_event(&e, &len, 100000000ull))
+		n += e.times;
+	violations += n;
+	return n;
+}
+
 static u64 trap_rip(void)
 {
 	return trap_of(0)->count ? trap_of(0)->rip : 0;
@@ -43,11 +54,11 @@ static u64 trap_rip(void)
 static void denied(const char *what, u32 access, u64 gva, u32 cpl, const void *gpa)
 {
 	faulted(what, access, gva, cpl);
-	told(what, access, gpa, gva, trap_rip(), 1);
+	deny_told(what, access, gpa, gva, trap_rip(), 1);
 }
 
 /* Nothing was told that should not have been, and nothing twice. */
-static void end(void)
+void deny_end(void)
 {
 	struct config c;
 	struct event e;
@@ -72,7 +83,7 @@ void t_deny_rights(void)
 	static char what[] = "deny ? CPL ? access ?";
 	u8 *page, *user;
 
-	begin();
+	deny_begin();
 	page = alloc_lone_page();
 	user = user_page(page);
 	for (u32 i = 0; i < 2 * DENY_ALL && !failures; i++) {
@@ -127,7 +138,7 @@ void t_deny_rights(void)
 		writable("free again", page);
 	}
 	nx(false);
-	end();
+	deny_end();
 }
 
 /* Three views of the same code that begins `before` bytes ahead of the edge; what lies ahead of it on the page stays. */
@@ -144,7 +155,7 @@ void t_deny_fetch(void)
 {
 	u8 *base, *p[3];
 
-	begin();
+	deny_begin();
 	base = alloc_pages(5);
 	for (u32 i = 0; i < 3; i++)
 		p[i] = base + (i + 1) * PAGE;
@@ -198,7 +209,7 @@ void t_deny_fetch(void)
 			must_protect(p[2], 0);
 			must_protect(p[0], 0);
 		}
-	end();
+	deny_end();
 }
 
 static const struct cross {
@@ -221,7 +232,7 @@ void t_deny_cross(void)
 	u8 *base, *p[3];
 	bool avx;
 
-	begin();
+	deny_begin();
 	base = alloc_pages(5);
 	for (u32 i = 0; i < 3; i++)
 		p[i] = base + (i + 1) * PAGE;
@@ -252,7 +263,7 @@ void t_deny_cross(void)
 			if (half < 2)
 				check(intact(p[0], 200) && intact(p[2], 202), "%s: a part of it has landed", c->name);
 		}
-	end();
+	deny_end();
 }
 
 /* movb $43, 1(%rip); mov $42, %eax; ret */
@@ -262,7 +273,7 @@ void t_deny_smc(void)
 {
 	u8 *page, *user;
 
-	begin();
+	deny_begin();
 	page = alloc_lone_page();
 	user = user_page(page);
 	for (u32 cpl = 0; cpl <= 3; cpl += 3)
@@ -292,7 +303,7 @@ void t_deny_smc(void)
 			must_protect(page, NOREAD);
 			check(call_code(va + 7, 0, cpl) == 44, "changed code is not what runs");
 		}
-	end();
+	deny_end();
 }
 
 static bool bytes(const u8 *p, u32 n, u8 v)
@@ -307,7 +318,7 @@ void t_deny_rep(void)
 {
 	u8 *base, *a, *b, *source;
 
-	begin();
+	deny_begin();
 	base = alloc_pages(4);
 	a = base + PAGE;
 	b = base + 2 * PAGE;
@@ -354,7 +365,7 @@ void t_deny_rep(void)
 		must_protect(b, 0);
 		memset(source, 0x5a, PAGE);
 	}
-	end();
+	deny_end();
 }
 
 void t_deny_walk(void)
@@ -363,7 +374,7 @@ void t_deny_walk(void)
 	u64 *table;
 	u8 *data, *va;
 
-	begin();
+	deny_begin();
 	table = memset(alloc_lone_page(), 0, PAGE);
 	data = alloc_lone_page();
 	fill(data, 220);
@@ -384,22 +395,22 @@ void t_deny_walk(void)
 	inject = true;
 	check(attempt(op_load, va + 0x80, 0, NULL, 0) == 0, "a load through a table that cannot be read");
 	faulted("a load through a table that cannot be read", A_READ, (u64)va + 0x80, 0);
-	told("a load through a table that cannot be read", A_READ, table, (u64)va + 0x80, trap_rip(), 1);
+	deny_told("a load through a table that cannot be read", A_READ, table, (u64)va + 0x80, trap_rip(), 1);
 	attempt(op_mov64, va + 0x108, SPOIL, NULL, 0);
 	faulted("a store through a table that cannot be read", A_WRITE, (u64)va + 0x108, 0);
-	told("a store through a table that cannot be read", A_READ, table, (u64)va + 0x108, trap_rip(), 1);
+	deny_told("a store through a table that cannot be read", A_READ, table, (u64)va + 0x108, trap_rip(), 1);
 	check(call_code(va, 0, 0) == FETCH_FAULT, "code through a table that cannot be read");
 	faulted("code through a table that cannot be read", A_FETCH, (u64)va, 0);
-	told("code through a table that cannot be read", A_READ, table, (u64)va, trap_rip(), 1);
+	deny_told("code through a table that cannot be read", A_READ, table, (u64)va, trap_rip(), 1);
 	attempt(op_load, va + 0x80, 0, NULL, 3);
 	faulted("a load at CPL 3 through a table that cannot be read", A_READ, (u64)va + 0x80, 3);
-	told("a load at CPL 3 through a table that cannot be read", A_READ, table, (u64)va + 0x80, trap_rip(), 1);
+	deny_told("a load at CPL 3 through a table that cannot be read", A_READ, table, (u64)va + 0x80, trap_rip(), 1);
 	inject = was_inject;
 
 	must_protect(table, NOREAD | NOWRITE);
 	attempt(op_load, va + 0x80, 0, NULL, 0);
 	faulted("a load through a table that can be neither read nor written", A_READ, (u64)va + 0x80, 0);
-	told("a load through a table that can be neither read nor written", A_READ, table, (u64)va + 0x80, trap_rip(), 1);
+	deny_told("a load through a table that can be neither read nor written", A_READ, table, (u64)va + 0x80, trap_rip(), 1);
 
 	must_protect(table, 0);
 	check(table[0] == ((u64)data | F_P | F_W), "the MMU has changed a table that was denied: 0x%lx", table[0]);
@@ -414,7 +425,7 @@ void t_deny_walk(void)
 	not_faulted("a store through a watched table");
 	must_protect(table, 0);
 	check((table[0] & 0x60) == 0x60, "accessed and dirty are not set in a watched table: 0x%lx", table[0]);
-	end();
+	deny_end();
 }
 
 /*
@@ -429,7 +440,7 @@ void t_deny_push(void)
 	u64 top = (u64)page + PAGE;
 	struct event e;
 
-	begin();
+	deny_begin();
 	if (!inject)
 		skip("a frame that is dropped leaves nothing to return to");
 	fill(page, 230);
@@ -452,7 +463,7 @@ void t_deny_push(void)
 	must_protect(page, 0);
 	run_user_stack(top, &vector);
 	check(vector == 6, "vector %u when the stack is free again", vector);
-	end();
+	deny_end();
 }
 
 void t_deny_atomic(void)
@@ -463,7 +474,7 @@ void t_deny_atomic(void)
 	};
 	u8 *page, *user;
 
-	begin();
+	deny_begin();
 	page = alloc_lone_page();
 	user = user_page(page);
 	user_page(page + PAGE);
@@ -496,7 +507,7 @@ void t_deny_atomic(void)
 	denied("lock xadd from a denied page", A_READ, (u64)user + PAGE, 3, page + PAGE);
 	must_protect(page + PAGE, 0);
 	check(intact(page, 241) && intact(page + PAGE, 242), "half of a lock xadd has landed");
-	end();
+	deny_end();
 }
 
 /* 1: incq (%rdi); cmpq $0, 8(%rdi); je 1b; ret */
@@ -530,7 +541,7 @@ void t_deny_running(void)
 {
 	u8 *base, *p[2];
 
-	begin();
+	deny_begin();
 	if (!start_cpus() || n_cpus < 2)
 		skip("needs -smp 2");
 	spin_user = user_page(&spin);
@@ -579,7 +590,7 @@ void t_deny_running(void)
 		}
 		must_protect(denied_page, 0);
 	}
-	end();
+	deny_end();
 }
 
 static void add_up(void *word)
@@ -595,7 +606,7 @@ void t_deny_toggle(void)
 	u64 seen, tries;
 	volatile u64 *word;
 
-	begin();
+	deny_begin();
 	need(DENY_ALL, DENY_ALL);
 	if (!start_cpus() || n_cpus < 2)
 		skip("needs -smp 2");

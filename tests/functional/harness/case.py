@@ -26,6 +26,7 @@ class GuardTest(Test):
     # A hang is a failure, not a hung run; waits have shorter deadlines.
     timeout = 300 if SUITE != "lab" else 900
     policy = "inject"
+    fault = "gp"
 
     def setUp(self):
         self.accel = "tcg" if SUITE == "tcg" else "kvm"
@@ -48,6 +49,7 @@ class GuardTest(Test):
     def vm(self, extra=(), **options):
         """A QEMU."""
         options.setdefault("policy", self.policy)
+        options.setdefault("fault", self.fault)
         return machine.Vm(self.host, self.accel, self.directory, extra,
                           **options)
 
@@ -57,7 +59,8 @@ class GuardTest(Test):
         # A guest that is paused or shut down notices nothing of its own.
         told = policy if policy == "inject" else "drop"
         return self.vm([*machine.bare_metal_arguments(
-            self.host, test, told, self.accel, words), *devices],
+            self.host, test, told, options.get("fault", self.fault),
+            self.accel, words), *devices],
             companion=companion, **options)
 
     def linux(self, words, companion, kernel="6.12-cloud", **options):

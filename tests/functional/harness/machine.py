@@ -75,7 +75,7 @@ class Vm:
     count = 0
 
     def __init__(self, host, accel, directory, extra=(), *, companion=None,
-                 control=None, policy="inject", memory=256, smp=1,
+                 control=None, policy="inject", fault="gp", memory=256, smp=1,
                  machine="q35", bios="qboot.rom", cpu=None, reboot=True):
         self.host = host
         Vm.count += 1
@@ -97,18 +97,19 @@ class Vm:
         if companion:
             command += self.guard_arguments(companion.socket,
                                             control or companion.control,
-                                            policy)
+                                            policy, fault)
         self.process = host.spawn([*command, *extra], name=self.name)
         self._qmp = None
 
     @staticmethod
-    def guard_arguments(socket, control, policy):
+    def guard_arguments(socket, control, policy, fault="gp"):
         """The feature's flags."""
         return ["-chardev", f"socket,id=guard,path={socket},reconnect-ms=100",
                 "-chardev",
                 f"socket,id=guardctl,path={control},reconnect-ms=100",
                 "-object",
-                f"vm-guard,id=guard0,chardev=guardctl,on-violation={policy}",
+                f"vm-guard,id=guard0,chardev=guardctl,on-violation={policy}"
+                + (f",fault={fault}" if fault != "gp" else ""),
                 "-device", "vhost-user-guard-pci,chardev=guard,guard=guard0"]
 
     @property
@@ -173,9 +174,10 @@ class Vm:
         return self.wait(20)
 
 
-def bare_metal_arguments(host, test, policy, accel, words=()):
+def bare_metal_arguments(host, test, policy, fault, accel, words=()):
     """QEMU's arguments for one test of the bare-metal guest."""
-    append = " ".join([f"test={test}", f"policy={policy}", f"accel={accel}",
+    append = " ".join([f"test={test}", f"policy={policy}", f"fault={fault}",
+                       f"accel={accel}",
                        f"timeout={int(60 * host.patience)}", *words])
     return ["-device", "isa-debug-exit,iobase=0xf4,iosize=1",
             "-kernel", host.put(GUEST_ELF), "-append", append]
