@@ -230,5 +230,20 @@ void t_deny_nested(void)
 	must_protect(other, 0);
 	attempt(op_vmload, other, 0, NULL, 0);
 	not_faulted("vmload of a page that is free again");
+
+	/* What the MMU was given to walk a table is not for SVM. */
+	must_protect(table, NOWRITE);
+	op_load(va + 0x100, 0, NULL);
+	memcpy(other, table, PAGE);
+	attempt(op_vmsave, table, 0, NULL, 0);
+	check(!memcmp(other, table, PAGE), "vmsave changed a denied table that was walked");
+	check(deny_drain() > 1, "not all of vmsave's stores were told");
+	must_protect(table, NOREAD);
+	attempt(op_load, va + 0x100, 0, NULL, 0);
+	check(trap_of(0)->count == 1 && deny_drain() == 1, "a table that cannot be read was walked");
+	attempt(op_vmload, table, 0, NULL, 0);
+	check(trap_of(0)->count == 1, "vmload reads a denied table after a walk");
+	check(deny_drain() == 1, "vmload was not told once");
+	must_protect(table, 0);
 	deny_end();
 }

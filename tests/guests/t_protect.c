@@ -290,6 +290,8 @@ void t_watch(void)
 		must_protect(page, 0);
 		memcpy(page, code, sizeof(code));
 		must_protect(page, AUDIT(NOEXEC));
+		/* Being in the TLB for something else does not count. */
+		attempt(op_load, va + 0x50, 0, NULL, cpl);
 		for (u32 i = 0; i < 5; i++) {
 			check(call_code(va, 0, cpl) == 42, "watched code does not run");
 			invlpg(va);
