@@ -46,6 +46,35 @@ class Policies(GuardTest):
         self.assertIn("guarded guest memory was taken away or covered",
                       vm.log.text())
 
+    def test_pause_at_a_load_and_a_fetch(self):
+        """The VM stops at each, and has its fault when it goes on."""
+        if self.accel != "tcg":
+            self.cancel("KVM denies no loads and no fetches")
+        vm = self.bare_metal("hold", self.companion(), policy="pause")
+        vm.expect(r"LOCKED gpa=")
+        vm.connect()
+        vm.type("d")
+        for _ in range(2):
+            vm.qmp.event("STOP")
+            self.assertEqual(vm.status(), "paused")
+            self.assertNotIn("DENIED", vm.console.text())
+            vm.qmp.command("cont")
+            vm.qmp.event("RESUME")
+        vm.expect("DENIED load=0x0 fetch=0xfe7c4fa017 failures=0")
+        self.assertFalse(vm.qmp.has_event("STOP"))
+
+    def test_shutdown_at_a_load(self):
+        """QEMU ends before the guest sees anything."""
+        if self.accel != "tcg":
+            self.cancel("KVM denies no loads")
+        vm = self.bare_metal("hold", self.companion(), policy="shutdown")
+        vm.expect(r"LOCKED gpa=")
+        vm.connect()
+        vm.type("d")
+        vm.qmp.event("SHUTDOWN")
+        vm.wait()
+        self.assertNotIn("DENIED load=0x6", vm.console.text())
+
     def test_shutdown(self):
         """QEMU ends, and says why."""
         vm = self.bare_metal("hold", self.companion(), policy="shutdown")

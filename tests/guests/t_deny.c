@@ -602,7 +602,7 @@ static void add_up(void *word)
 void t_deny_toggle(void)
 {
 	static const u64 attr[] = { NOREAD, 0, NOWRITE, NOREAD | NOWRITE, 0, AUDIT(NOREAD), NOREAD, AUDIT(NOREAD | NOWRITE), NOEXEC };
-	u32 rounds = opt_num("rounds", 2000);
+	u32 rounds = opt_num("rounds", 1000);
 	u64 seen, tries;
 	volatile u64 *word;
 

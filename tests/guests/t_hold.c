@@ -60,6 +60,23 @@ static void burst(u32 n)
 	print("BURST ok=%u dup=%u missing=%u other=%u unlocked=%u\n", ok, guard.control.strays - strays, n - answered, other, lost);
 }
 
+/* A load and a fetch that are denied: they cannot be dropped. */
+static void print_denied(void)
+{
+	static const u8 code[] = { 0xb8, 42, 0, 0, 0, 0xc3 };
+	u8 *page = alloc_lone_page();
+	u64 loaded, ran;
+
+	guard_start(F_VERSION_1 | F_GUARD, true, NULL, NULL);
+	memcpy(page, code, sizeof(code));
+	must_protect(page, NOREAD | NOEXEC);
+	loaded = attempt(op_load, page, 0, NULL, 0);
+	check(faulted("a denied load", A_READ, (u64)page, 0), "no fault for a load");
+	ran = call_code(page, 0, 0);
+	check(faulted("a denied fetch", A_FETCH, (u64)page, 0), "no fault for a fetch");
+	print("DENIED load=0x%lx fetch=0x%lx failures=%u\n", loaded, ran, failures);
+}
+
 void t_hold(void)
 {
 	u32 n = 0, m = opt_num("burst", QMAX);
@@ -99,6 +116,9 @@ void t_hold(void)
 			c = guard_config();
 			print("CONFIG generation=%lu ranges=%u violations=%lu lost=%lu malformed=%lu\n", c.generation,
 			      c.ranges_in_force, c.violations, c.events_lost, c.malformed);
+			break;
+		case 'd':
+			print_denied();
 			break;
 		case 'r':
 			guard_start(F_VERSION_1 | F_NOWRITE | F_INDIRECT_DESC, true, NULL, NULL);
