@@ -94,6 +94,9 @@ class BareMetal(GuardTest):
     def test_deny_cross(self):
         self.check("deny-cross")
 
+    def test_deny_cross_avx(self):
+        self.check("deny-cross", cpu="max" if self.accel == "tcg" else None)
+
     def test_deny_smc(self):
         self.check("deny-smc")
 
@@ -120,7 +123,7 @@ class BareMetal(GuardTest):
         self.check("deny-toggle", smp=2, deadline=120)
 
     def test_deny_nested(self):
-        self.check("deny-nested")
+        self.check("deny-nested", cpu="max" if self.accel == "tcg" else None)
 
     def test_protect(self):
         self.check("protect")
@@ -132,11 +135,11 @@ class BareMetal(GuardTest):
         self.check("query")
 
     def test_watch(self):
-        self.check("watch")
+        self.check("watch", deadline=180)
 
     def test_watch_smp(self):
         """With two CPUs TCG makes atomic operations of them."""
-        self.check("watch", smp=2)
+        self.check("watch", smp=2, deadline=180)
 
     def test_atomic(self):
         self.check("atomic", deadline=120)

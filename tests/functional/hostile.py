@@ -191,6 +191,8 @@ class Hostile(GuardTest):
         before = peer.stream.read(size, deadline)
         generation, count = struct.unpack_from("<QI", before)
         self.assertEqual(count, 1)
+        # What a stock KVM does not have, and what nobody has.
+        other, status = (2, 95) if self.accel == "kvm" else (16, 22)
         cases = (  # ranges, generation, status, index
             ([(1, 0, NOWRITE | IMMUTABLE)], generation, 22, 0),
             ([(0, (1 << 40) - 1, NOWRITE | IMMUTABLE)], generation, 22, 0),
@@ -198,7 +200,7 @@ class Hostile(GuardTest):
                                              IMMUTABLE)], generation, 22, 1),
             ([((1 << 64) - 1, (1 << 64) - 1, NOWRITE | IMMUTABLE)],
              generation, 22, 0),
-            ([(16, 16, 2 | IMMUTABLE)], generation, 95, 0),
+            ([(16, 16, other | IMMUTABLE)], generation, status, 0),
             ([(16, 16, NOWRITE | IMMUTABLE)], generation + 1, 116, None),
         )
         for seq, (ranges, asked, status, index) in enumerate(cases, 1):
