@@ -6,13 +6,12 @@ only what machine each of its tests needs.
 """
 
 import os
-import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
-from harness.case import GuardTest  # noqa: E402
-from harness.machine import PASS, SKIP  # noqa: E402
+from harness.case import BareMetalTest, GuardTest  # noqa: E402
+from harness.machine import PASS  # noqa: E402
 
 RNG = ("-device", "virtio-rng-pci")
 SLOW_DISK = ("-blockdev",
@@ -20,29 +19,11 @@ SLOW_DISK = ("-blockdev",
              "-device", "virtio-blk-pci,drive=slow")
 
 
-class BareMetal(GuardTest):
+class BareMetal(BareMetalTest):
     """One method for each test of the guest.
 
     :avocado: disable
     """
-
-    def check(self, test, *words, devices=(), deadline=60, **options):
-        """Run it; the guest's verdict is the test's."""
-        companion = self.companion()
-        vm = self.bare_metal(test, companion, words, devices, reboot=False,
-                             **options)
-        try:
-            status = vm.wait(deadline)
-        finally:
-            self.log.info("guest said:\n%s", vm.console.text())
-        if status == SKIP:
-            reason = re.search(r"^SKIP .*", vm.console.text(), re.M)
-            self.cancel(reason.group() if reason else "the guest skipped it")
-        if status != PASS:
-            self.fail(f"{test}: QEMU's exit status is {status}\n"
-                      f"{vm.console.tail()}\n{vm.log.tail()}")
-        self.assertTrue(companion.alive(), "the companion is gone")
-        self.assertNotIn("panicked", companion.log.text())
 
     def test_probe(self):
         self.check("probe")
@@ -180,29 +161,7 @@ class Inject(BareMetal):
         self.check("nospc", deadline=240, memory=1024)
 
     def test_lock_unemulated(self):
-        """What KVM cannot emulate must not land. It may take the store for an
-        undefined instruction, which the guest sees; or give up, and QEMU then
-        stops the VM or, if the store was user space's, tries it for ever."""
-        if self.accel == "tcg":
-            self.check("lock-unemulated")
-            return
-        companion = self.companion()
-        vm = self.bare_metal("lock-unemulated", companion, ["unemulated=1"],
-                             devices=["-S"], reboot=False)
-        vm.qmp.command("cont")
-        vm.expect("trying cmpxchg16b")
-        while vm.alive() and "KVM internal error" not in vm.log.text():
-            vm.qmp.has_event("SHUTDOWN")
-        if vm.alive():
-            # Each of these instructions has its operand at RDI.
-            operand = vm.log.expect(r"RDI=(\w+)", 10).group(1)
-            stored = vm.qmp.human(f"x /2gx 0x{operand}")
-            self.log.info("in memory: %s", stored)
-            self.assertRegex(stored, r"0x[0-9a-f]{16} 0x[0-9a-f]{16}")
-            self.assertNotIn("5a5a5a5a", stored)
-        else:
-            self.assertEqual(vm.wait(), PASS, vm.console.tail())
-        self.assertTrue(companion.alive(), "the companion is gone")
+        self.check("lock-unemulated")
 
 
 class PageFault(BareMetal):

@@ -269,6 +269,7 @@ void t_deny_rights(void), t_deny_fetch(void), t_deny_cross(void), t_deny_smc(voi
 	t_deny_push(void), t_deny_atomic(void), t_deny_running(void), t_deny_toggle(void);
 void t_deny_nested(void);
 void t_protect(void), t_seal(void), t_query(void), t_watch(void);
+void t_audit(void), t_emul(void), t_emul_other(void), t_emul_audit(void);
 void t_atomic(void), t_errors(void);
 void t_events(void), t_events_lost(void);
 void t_hold(void), t_bench(void);

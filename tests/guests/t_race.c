@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
  * "OK means enforced": while one CPU stores to a page as fast as it can, another locks it.  What the word holds when the
- * answer was seen is what it holds for ever, however many stores follow.
+ * answer was seen is what it holds for ever, however many stores follow.  With watched=1 the page is watched before.
  */
 #include "guest.h"
 
@@ -58,6 +58,8 @@ void t_race(void)
 		job.op = kinds[k].op;
 		job.cpl = kinds[k].cpl;
 		job.va = job.cpl ? user_page((void *)word) : (void *)word;
+		if (opt_num("watched", 0))
+			must_protect((void *)word, AUDIT(NOWRITE));
 		cpu_call(1, writer, NULL);
 		progress_to(100, NULL, 0, kinds[k].name);
 		check(*word != 0, "%s: no store landed before the lock", kinds[k].name);

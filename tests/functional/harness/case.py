@@ -7,6 +7,7 @@ lies in the test's own directory among avocado's results.
 """
 
 import os
+import re
 from pathlib import Path
 
 from avocado import Test
@@ -75,3 +76,28 @@ class GuardTest(Test):
         for name, value in fields.items():
             self.assertEqual(int(match.group(name)), value,
                              f"{name} in {match.group()!r}")
+
+
+class BareMetalTest(GuardTest):
+    """A test that is the bare-metal guest's own.
+
+    :avocado: disable
+    """
+
+    def check(self, test, *words, devices=(), deadline=60, **options):
+        """Run it; the guest's verdict is the test's."""
+        companion = self.companion()
+        vm = self.bare_metal(test, companion, words, devices, reboot=False,
+                             **options)
+        try:
+            status = vm.wait(deadline)
+        finally:
+            self.log.info("guest said:\n%s", vm.console.text())
+        if status == machine.SKIP:
+            reason = re.search(r"^SKIP .*", vm.console.text(), re.M)
+            self.cancel(reason.group() if reason else "the guest skipped it")
+        if status != machine.PASS:
+            self.fail(f"{test}: QEMU's exit status is {status}\n"
+                      f"{vm.console.tail()}\n{vm.log.tail()}")
+        self.assertTrue(companion.alive(), "the companion is gone")
+        self.assertNotIn("panicked", companion.log.text())
