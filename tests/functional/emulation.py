@@ -42,7 +42,8 @@ class Inject(BareMetalTest):
     def test_emul_audit(self):
         if not NATIVE:
             self.cancel("this machine's KVM does not single-step CPL 3")
-        self.check("emul-audit", *WORDS, smp=2, deadline=120, **CPU)
+        vm = self.check("emul-audit", *WORDS, smp=2, deadline=120, **CPU)
+        self.assertNotIn("single step", vm.log.text())
 
     def test_emul_other(self):
         """What fails for another reason is an undefined instruction at CPL 3,

@@ -85,7 +85,7 @@ class BareMetalTest(GuardTest):
     """
 
     def check(self, test, *words, devices=(), deadline=60, **options):
-        """Run it; the guest's verdict is the test's."""
+        """Run it; the guest's verdict is the test's. Returns the Vm."""
         companion = self.companion()
         vm = self.bare_metal(test, companion, words, devices, reboot=False,
                              **options)
@@ -101,3 +101,4 @@ class BareMetalTest(GuardTest):
                       f"{vm.console.tail()}\n{vm.log.tail()}")
         self.assertTrue(companion.alive(), "the companion is gone")
         self.assertNotIn("panicked", companion.log.text())
+        return vm
