@@ -14,37 +14,12 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
 from harness.case import GuardTest  # noqa: E402
+from harness.control import (  # noqa: E402
+    C_HELLO, GET_STATE, HELLO, HELLO_SIZE, IMMUTABLE, NO_INDEX, NOEXEC,
+    NOEXEC_KERNEL, NOWRITE, PROTECT, RESET, RESULT, SEAL, STATE, VIOLATION,
+    Control, companion_hello, message, qemu_hello, seal, state)
 from harness.machine import PASS  # noqa: E402
 
-MAGIC = 0x44524756
-NOWRITE, IMMUTABLE = 1, 1 << 63
-HELLO, STATE, RESULT, VIOLATION, RESET = 1, 2, 3, 4, 5
-C_HELLO, PROTECT, GET_STATE = 0x101, 0x102, 0x103
-
-
-def message(kind, payload=b"", seq=0, flags=0, length=None):
-    """One message; length can lie."""
-    size = len(payload) if length is None else length
-    return struct.pack("<HHIQ", kind, flags, size, seq) + payload
-
-
-def qemu_hello(magic=MAGIC, version=2):
-    """What vm-guard says first."""
-    return message(HELLO, struct.pack(
-        "<IIIIQQIIIIQ", magic, version, 2, 12, NOWRITE, 1, 8192, 4096,
-        0xffffffff, 1, 0))
-
-
-def companion_hello(magic=MAGIC, version=2):
-    """What the companion says first."""
-    return message(C_HELLO, struct.pack("<II", magic, version))
-
-
-def state(ranges=(), generation=1, count=None):
-    """What is in force."""
-    body = b"".join(struct.pack("<QQQ", *r) for r in ranges)
-    return message(STATE, struct.pack(
-        "<QII", generation, len(ranges) if count is None else count, 0) + body)
 
 
 def noise(seed, size):
@@ -59,7 +34,8 @@ TO_COMPANION = {
     "half a header": message(HELLO)[:9],
     "no HELLO first": state(),
     "wrong magic": qemu_hello(magic=1),
-    "wrong version": qemu_hello(version=1),
+    "wrong version": qemu_hello(version=99),
+    "version 1": qemu_hello(version=1),
     "HELLO twice": qemu_hello() + qemu_hello(),
     "short HELLO": message(HELLO, bytes(8)),
     "flags": qemu_hello() + message(RESET, struct.pack("<Q", 2), flags=1),
@@ -87,6 +63,7 @@ TO_QEMU = {
     "no HELLO first": message(GET_STATE, seq=1),
     "wrong magic": companion_hello(magic=1),
     "wrong version": companion_hello(version=99),
+    "version 1": companion_hello(version=1),
     "HELLO twice": companion_hello() + companion_hello(),
     "flags": companion_hello() + message(GET_STATE, seq=1, flags=4),
     "unknown type": companion_hello() + message(0x199),
@@ -101,6 +78,13 @@ TO_QEMU = {
         PROTECT, struct.pack("<QII", 1, 0, 0), seq=1),
     "PROTECT of 4097": companion_hello() + message(
         PROTECT, struct.pack("<QII", 1, 4097, 0) + bytes(24 * 4097), seq=1),
+    "PROTECT with reserved bits": companion_hello() + message(
+        PROTECT, struct.pack("<QII", 2, 1, 7) + bytes(24), seq=1),
+    "SEAL too short": companion_hello() + message(SEAL, bytes(8), seq=1),
+    "SEAL too long": companion_hello() + message(SEAL, bytes(24), seq=1),
+    "SEAL without payload": companion_hello() + message(SEAL, seq=1),
+    "SEAL with reserved bits": companion_hello() + seal(2, reserved=1),
+    "SEAL before HELLO": seal(2),
 }
 
 
@@ -154,8 +138,8 @@ class Hostile(GuardTest):
             self.log.info("case: %s", name)
             peer = listener.accept(20 * self.host.patience)
             # QEMU's own HELLO and STATE come whatever we are.
-            hello = peer.stream.read(16 + 56, 20 * self.host.patience)
-            self.assertEqual(struct.unpack_from("<HHI", hello), (HELLO, 0, 56))
+            hello = peer.stream.read(16 + HELLO_SIZE, 20 * self.host.patience)
+            self.assertEqual(struct.unpack_from("<HHI", hello), (HELLO, 0, HELLO_SIZE))
             mark = vm.log.mark()
             peer.send(data)
             if name == "half a header":
@@ -184,37 +168,42 @@ class Hostile(GuardTest):
         self.host.run(["rm", "-f", companion.control])
         listener = self.host.listen(companion.control)
         peer = listener.accept(20 * self.host.patience)
-        deadline = 20 * self.host.patience
-        peer.send(companion_hello())
-        peer.stream.read(16 + 56, deadline)
-        _, _, size, _ = struct.unpack("<HHIQ", peer.stream.read(16, deadline))
-        before = peer.stream.read(size, deadline)
-        generation, count = struct.unpack_from("<QI", before)
-        self.assertEqual(count, 1)
-        # What a stock KVM does not have, and what nobody has.
-        other, status = (2, 95) if self.accel == "kvm" else (16, 22)
-        cases = (  # ranges, generation, status, index
-            ([(1, 0, NOWRITE | IMMUTABLE)], generation, 22, 0),
-            ([(0, (1 << 40) - 1, NOWRITE | IMMUTABLE)], generation, 22, 0),
-            ([(16, 16, NOWRITE | IMMUTABLE), (1 << 35, 1 << 35, NOWRITE |
-                                             IMMUTABLE)], generation, 22, 1),
-            ([((1 << 64) - 1, (1 << 64) - 1, NOWRITE | IMMUTABLE)],
-             generation, 22, 0),
-            ([(16, 16, other | IMMUTABLE)], generation, status, 0),
-            ([(16, 16, NOWRITE | IMMUTABLE)], generation + 1, 116, None),
-        )
-        for seq, (ranges, asked, status, index) in enumerate(cases, 1):
-            body = struct.pack("<QII", asked, len(ranges), 0) + b"".join(
-                struct.pack("<QQQ", *r) for r in ranges)
-            peer.send(message(PROTECT, body, seq=seq))
-            answer = struct.unpack("<HHIQIIQII",
-                                   peer.stream.read(16 + 24, deadline))
-            self.assertEqual(answer[0], RESULT)
-            self.assertEqual(answer[3], seq)
-            self.assertEqual(answer[4], status, f"case {seq}: {ranges}")
-            if index is not None:
-                self.assertEqual(answer[5], index, f"case {seq}: {ranges}")
-        peer.send(message(GET_STATE, seq=50))
-        answer = peer.stream.read(16 + size, deadline)
-        self.assertEqual(answer[16:], before, "a refused request changed it")
+        control = Control(peer, 20 * self.host.patience)
+        before = control.state()
+        self.assertEqual(len(before), 1)
+        held = before[0][0]
+        generation = control.generation
+        lock, top = NOWRITE | IMMUTABLE, (1 << 64) - 1
+        cases = [  # ranges, status, index
+            ([(1, 0, lock)], 22, 0),
+            ([(0, (1 << 40) - 1, lock)], 22, 0),
+            ([(16, 16, lock), (1 << 35, 1 << 35, lock)], 22, 1),
+            ([(16, 16, lock), (1 << 40, 1 << 40, lock)], 22, 1),
+            ([(top, top, lock)], 22, 0),
+            ([(16, 16, lock), (17, 17, NOWRITE)], 22, 1),
+            ([(16, 16, NOWRITE), (17, 17, NOWRITE), (18, 18, lock)], 22, 2),
+            ([(16, 16, lock), (17, 17, IMMUTABLE)], 22, 1),
+            ([(16, 16, 0x10)], 22, 0),
+            ([(16, 16, lock | 1 << 62)], 22, 0),
+            ([(16, 16, 0x1000 | IMMUTABLE)], 22, 0),
+            ([(held, held, 0)], 1, 0),
+            ([(16, 16, NOWRITE), (held - 1, held + 1, NOWRITE << 8)], 1, 1),
+            # EPERM is looked for before not RAM.
+            ([(1 << 35, 1 << 35, 0), (held, held, 0)], 1, 1),
+        ]
+        for bit in (NOEXEC, NOEXEC_KERNEL):
+            if not control.deny_bits & bit:
+                cases.append(([(16, 16, lock), (17, 17, bit | IMMUTABLE)], 95,
+                              1))
+        for ranges, status, index in cases:
+            self.assertEqual(control.protect(ranges),
+                             (status, index, generation, 1), f"{ranges}")
+        for asked in (generation + 1, generation - 1):
+            self.assertEqual(
+                control.protect([(16, 16, lock)], asked),
+                (116, NO_INDEX, generation, 1))
+            self.assertEqual(control.seal(asked),
+                             (116, NO_INDEX, generation, 1))
+        self.assertEqual(control.state(), before,
+                         "a refused request changed it")
         self.assertEqual(vm.ask("w", r"(HELD|LOST)").group(1), "HELD")
