@@ -87,7 +87,20 @@ class Stream:
 
     def line(self, deadline):
         """The next whole line, without its end."""
-        return self.expect(r"[^\n]*\n", deadline).group().rstrip("\r\n")
+        searched = self._position
+
+        def found():
+            nonlocal searched
+            end = self._data.find(b"\n", searched)
+            if end < 0:
+                searched = len(self._data)
+                return None
+            data = bytes(self._data[self._position:end])
+            self._position = end + 1
+            return data
+
+        data = self._wait(found, deadline, "whole line")
+        return data.decode("latin-1").rstrip("\r")
 
     def read(self, size, deadline):
         """Exactly `size` bytes."""
