@@ -75,18 +75,32 @@ class Qmp:
     def event(self, *names, deadline=30):
         """Wait for the first of some events, take it out of `events` and
         return its name."""
+        return self._wait_for(names, deadline)["event"]
+
+    def wait_for(self, name, deadline=30):
+        """The same; returns the event's data."""
+        return self._wait_for([name], deadline)["data"]
+
+    def _wait_for(self, names, deadline):
         end = time.monotonic() + deadline * self._patience
         with self._lock:
             while True:
                 for event in self.events:
                     if event["event"] in names:
                         self.events.remove(event)
-                        return event["event"]
+                        return event
                 left = end - time.monotonic()
                 if left <= 0 or self._ended:
                     raise Timeout(f"no QMP event {' or '.join(names)}; seen: "
                                   f"{[e['event'] for e in self.events]}")
                 self._lock.wait(left)
+
+    def take(self, name):
+        """Take all such events out of `events`; returns their data."""
+        with self._lock:
+            taken = [e["data"] for e in self.events if e["event"] == name]
+            self.events = [e for e in self.events if e["event"] != name]
+            return taken
 
     def close(self):
         """Hang up."""
