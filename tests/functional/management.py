@@ -4,6 +4,7 @@ memory itself, whatever the guest may do with it.
 """
 
 import os
+import re
 import socket
 import sys
 
@@ -163,3 +164,22 @@ class HostReads(GuardTest):
         info = vm.qmp.command("query-vm-guard")
         self.assertEqual((info["violations"], info["audited"]), (0, 0))
         self.assertEqual(control.violations, [])
+
+    def test_page_tables(self):
+        """Nor is it one to look up a virtual address in them."""
+        companion = self.companion()
+        vm = self.bare_metal("hold", companion)
+        address = vm.expect(r"LOCKED gpa=(0x\w+) ").group(1)
+        vm.qmp.command("stop")
+        root = int(re.search(r"CR3=(\w+)", vm.qmp.human("info registers"))
+                   .group(1), 16) >> 12
+        companion.kill()
+        self.host.run(["rm", "-f", companion.control])
+        control = Control(self.host.listen(companion.control).accept(30))
+        if not control.deny_bits & NOREAD:
+            self.cancel("this host does not enforce NOREAD")
+        before = vm.qmp.human(f"x /4gx {address}")
+        self.assertRegex(before, r"0x\w{16}.*0x\w{16}")
+        self.assertEqual(control.protect([(root, root, NOREAD)])[0], 0)
+        self.assertEqual(vm.qmp.human(f"x /4gx {address}"), before)
+        self.assertEqual(vm.qmp.command("query-vm-guard")["violations"], 0)

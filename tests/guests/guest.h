@@ -158,6 +158,7 @@ bool vdev_find(struct vdev *v, u16 virtio_id, u32 nth);
 void vdev_reset(struct vdev *v);
 bool vdev_negotiate(struct vdev *v, u64 wanted);	/* up to FEATURES_OK; takes what of `wanted` is offered */
 void vq_setup(struct vq *q, struct vdev *v, u16 index, void *used_page);	/* used_page: or NULL for a new one */
+void vq_announce(struct vq *q);		/* to the device; vq_setup() does it */
 void vdev_ok(struct vdev *v);
 u8 vdev_status(struct vdev *v);
 u64 vdev_config(struct vdev *v, u32 offset, u32 size);
@@ -271,7 +272,8 @@ void t_deny_nested(void);
 void t_protect(void), t_seal(void), t_query(void), t_watch(void);
 void t_audit(void), t_emul(void), t_emul_other(void), t_emul_audit(void);
 void t_atomic(void), t_errors(void);
-void t_events(void), t_events_lost(void);
+void t_events(void), t_events_lost(void), t_flood(void);
+void t_read_disk(void), t_read_busy(void), t_read_ring(void);
 void t_hold(void), t_bench(void);
 
 #endif

@@ -24,6 +24,9 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "lock-busy", t_lock_busy, "DMA under way: EBUSY; needs virtio-blk-pci on null-co with latency-ns" },
 	{ "lock-ring", t_lock_ring, "another device's used ring; needs virtio-rng-pci" },
 	{ "lock-companion", t_lock_companion, "the guard device's own buffers and rings" },
+	{ "read-disk", t_read_disk, "a disk writes what the page holds; needs virtio-blk-pci on a file, and NOREAD" },
+	{ "read-busy", t_read_busy, "a disk write under way: EBUSY; needs virtio-blk-pci on null-co with latency-ns, and NOREAD" },
+	{ "read-ring", t_read_ring, "another device's descriptors and available ring; needs virtio-rng-pci, and NOREAD" },
 	{ "race", t_race, "OK against stores of another CPU; rounds=, stores=, seconds=; needs -smp 2" },
 	{ "deny-rights", t_deny_rights, "each deny bit, CPL and kind of access: the fault and the event" },
 	{ "deny-fetch", t_deny_fetch, "instructions that begin or end on a page without execution" },
@@ -50,6 +53,7 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "errors", t_errors, "each error that a guest can produce, a line per case" },
 	{ "events", t_events, "fields of violation events" },
 	{ "events-lost", t_events_lost, "more violations than are stored; n= pages" },
+	{ "flood", t_flood, "n= violations and more (seconds=) of one CPU while another one's requests are timed; needs -smp 2" },
 	{ "hold", t_hold, "obeys the serial line: w l b c r q; burst= requests" },
 	{ "bench", t_bench, "latency of lock requests; n= ranges only, runs=" },
 };

@@ -85,6 +85,14 @@ void vq_setup(struct vq *q, struct vdev *v, u16 index, void *used_page)
 	for (u32 i = 0; i < q->size; i++)
 		q->desc[i].next = i + 1;
 	q->avail->flags = 1;		/* no interrupts */
+	vq_announce(q);
+}
+
+void vq_announce(struct vq *q)
+{
+	struct vdev *v = q->dev;
+
+	R16(v, C_QSEL) = q->index;
 	R16(v, C_QSIZE) = q->size;
 	R16(v, C_QMSIX) = 0xffff;
 	R32(v, C_QDESC) = (u64)q->desc;
