@@ -10,13 +10,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
-from avocado import skipUnless  # noqa: E402
 from harness.case import GuardTest  # noqa: E402
 from harness.machine import linux_results  # noqa: E402
-
-# Off until QEMU and the companion have more than LOCK and NOWRITE.
-RIGHTS = os.environ.get("VHOST_GUARD_TEST_RIGHTS") == "1"
-WHY_NOT = "the host side knows only LOCK (VHOST_GUARD_TEST_RIGHTS=1 runs it)"
 
 
 class Linux(GuardTest):
@@ -66,7 +61,6 @@ class Linux(GuardTest):
     def test_guardctl(self):
         self.scenario("guardctl")
 
-    @skipUnless(RIGHTS, WHY_NOT)
     def test_rights(self):
         """PROTECT, SEAL, QUERY, and accesses that are watched."""
         checked = self.scenario("rights", deadline=180)
@@ -76,7 +70,6 @@ class Linux(GuardTest):
                          "NOEXEC_KERNEL lets user space execute"):
                 self.assertIn(name, checked)
 
-    @skipUnless(RIGHTS, WHY_NOT)
     def test_guardctl_rights(self):
         self.scenario("guardctl-rights")
 
