@@ -432,3 +432,27 @@ fn the_sockets_are_for_their_owner_only() {
         UnixStream::connect(path).unwrap();
     }
 }
+
+#[test]
+fn a_reset_that_was_told_before_the_ring_ran_is_heard_before_its_requests() {
+    let mut s = Setup::new();
+    // The thread that hears of the reset has much else to hear of first.
+    let violations: Vec<u8> = (0..2000)
+        .flat_map(|i| {
+            let violation = vm_guard::violation_payload(0, i << 12, 1, 0);
+            message(VIOLATION, 0, &violation)
+        })
+        .collect();
+    for round in 0..20 {
+        let base = s.front_end.stop(0);
+        s.vm_guard.stream.write_all(&violations).unwrap();
+        s.vm_guard.reset();
+        let head = s.guest.lock(&[(1, 1, NOWRITE)]);
+        s.front_end.start(0, &s.guest, base);
+        s.front_end.kick(0);
+        let protect = s.vm_guard.protect();
+        assert_eq!(protect.generation, s.vm_guard.generation, "round {round}");
+        s.vm_guard.succeed(&protect);
+        assert_eq!(s.guest.response(head).status, 0, "round {round}");
+    }
+}

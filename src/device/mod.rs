@@ -70,6 +70,7 @@ struct State {
     under_way: Option<UnderWay>,
     /// The question for what is in force that was not answered yet.
     state_asked: Option<u64>,
+    start: Start,
     front_end: Option<FrontEnd>,
 }
 
@@ -82,6 +83,20 @@ enum Link {
     Greeted,
     /// Requests can be sent.
     Up,
+}
+
+/// How far the control ring's start has come. The VM's owner has told of a reset before it let the
+/// guest start the ring, but on another socket: a request must not be taken for one of the life
+/// before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Start {
+    /// The ring does not run, or nobody has noticed yet.
+    #[default]
+    Stopped,
+    /// It runs, and what the VM's owner said before is being heard. The number is that of the wait.
+    Listening(u64),
+    /// That is over: requests can be taken.
+    Done,
 }
 
 #[derive(Debug)]
@@ -278,8 +293,19 @@ impl State {
         self.last_seq
     }
 
+    /// Whether requests can be taken from the control ring.
+    fn has_started(&mut self, enforcer: &dyn Enforcer) -> bool {
+        let ring = self.front_end.as_ref().and_then(|f| f.control.as_ref());
+        if self.start == Start::Stopped && ring.is_some_and(Ring::runs) {
+            let seq = self.next_seq();
+            self.start = Start::Listening(seq);
+            enforcer.catch_up(seq);
+        }
+        self.start == Start::Done
+    }
+
     fn serve_control(&mut self, enforcer: &dyn Enforcer) {
-        if !self.told {
+        if !self.told || !self.has_started(enforcer) {
             return;
         }
         let (limits, settled) = (self.limits(), self.is_settled());
@@ -355,6 +381,7 @@ impl State {
     fn stop_control(&mut self) {
         let oldest = self.requests.give_up();
         self.orphan();
+        self.start = Start::Stopped;
         if let Some(ring) = self.front_end.as_mut().and_then(|f| f.control.as_mut()) {
             ring.stopped(oldest);
         }

@@ -84,6 +84,12 @@ impl Ring {
         }
     }
 
+    /// Whether the front end has started it.
+    pub(super) fn runs(&self) -> bool {
+        let vring = self.vring.get_ref();
+        vring.get_queue().ready() && vring.is_enabled()
+    }
+
     /// Does `work` with the ring, if it runs, and interrupts the guest if that is due.
     pub(super) fn turn(
         &mut self,

@@ -7,7 +7,7 @@
 
 use jiff::Timestamp;
 
-use super::{Device, Link, REMEMBERED};
+use super::{Device, Link, REMEMBERED, Start};
 use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::Table;
 use crate::report::Seen;
@@ -123,6 +123,14 @@ impl VmEvents for Device {
         let mut state = self.lock();
         state.begin_generation(generation);
         state.serve_control(&*self.enforcer);
+    }
+
+    fn caught_up(&self, seq: u64) {
+        let mut state = self.lock();
+        if state.start == Start::Listening(seq) {
+            state.start = Start::Done;
+            state.serve_control(&*self.enforcer);
+        }
     }
 
     fn disconnected(&self) {

@@ -10,7 +10,7 @@ use std::fmt;
 
 use crate::protect::{Deny, Order, Table};
 
-/// Takes requests to the owner of the VM. Both methods hand over and return at once.
+/// Takes requests to the owner of the VM. All methods hand over and return at once.
 pub trait Enforcer: Send + Sync {
     /// Asks that `order` be carried out, whole or not at all. It was planned on the table that the
     /// owner of the VM was last heard of to have, and found not to loosen what is immutable; the
@@ -21,6 +21,11 @@ pub trait Enforcer: Send + Sync {
     /// Asks for everything that is in force; [`VmEvents::state`] with this `seq` follows. Not
     /// called again before that.
     fn request_state(&self, seq: u64);
+
+    /// Asks to be told when everything has been handed over that the owner of the VM had said
+    /// before this call: [`VmEvents::caught_up`] with this `seq` follows, also if it is gone. When
+    /// it is called again before that, only the last call counts.
+    fn catch_up(&self, seq: u64);
 }
 
 /// Is told what happens to the VM. Calls come one after another, from one thread.
@@ -47,6 +52,9 @@ pub trait VmEvents: Send + Sync {
 
     /// The VM was reset: nothing is in force any more.
     fn reset(&self, generation: u64);
+
+    /// What had been said before the call of [`Enforcer::catch_up`] with this `seq` was handed over.
+    fn caught_up(&self, seq: u64);
 
     /// The owner of the VM is gone. What is in force stays in force. May be called without a
     /// `connected` before it.

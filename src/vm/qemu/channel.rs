@@ -64,6 +64,7 @@ enum Closed {
 #[derive(Debug)]
 pub struct Outbox {
     bytes: Mutex<Vec<u8>>,
+    catch_up: Mutex<Option<u64>>,
     wake: EventFd,
 }
 
@@ -80,6 +81,7 @@ impl Outbox {
         })?;
         Ok(Self {
             bytes: Mutex::default(),
+            catch_up: Mutex::default(),
             wake,
         })
     }
@@ -90,6 +92,14 @@ impl Outbox {
 
     fn post(&self, message: &[u8]) {
         self.bytes().extend_from_slice(message);
+        self.wake();
+    }
+
+    fn catch_up(&self) -> MutexGuard<'_, Option<u64>> {
+        self.catch_up.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
         // Fails only when the counter is full, and then the thread is about to wake anyway.
         let _ = self.wake.write(1);
     }
@@ -103,6 +113,11 @@ impl Enforcer for Outbox {
 
     fn request_state(&self, seq: u64) {
         self.post(&wire::encode_get_state(seq));
+    }
+
+    fn catch_up(&self, seq: u64) {
+        *Outbox::catch_up(self) = Some(seq);
+        self.wake();
     }
 }
 
@@ -124,6 +139,8 @@ struct Server<'a> {
     listener: UnixListener,
     listening: bool,
     connection: Option<Connection>,
+    /// Somebody waits until all that has arrived is handed over.
+    catching_up: Option<u64>,
     outbox: &'a Outbox,
     events: &'a dyn VmEvents,
 }
@@ -155,6 +172,7 @@ impl<'a> Server<'a> {
             listener,
             listening: false,
             connection: None,
+            catching_up: None,
             outbox,
             events,
         };
@@ -198,13 +216,24 @@ impl<'a> Server<'a> {
             let is_ready = |token| ready[..count].iter().any(|e| e.data() == token);
             if is_ready(OUTBOX) {
                 let _ = self.outbox.wake.read();
+                self.catching_up = self.outbox.catch_up().take().or(self.catching_up);
             }
             if is_ready(LISTENER) || count == 0 {
                 // A QEMU that connects again closed its old socket before: see that first.
                 self.step(Connection::receive_all);
                 self.accept()?;
+            } else if self.catching_up.is_some() {
+                self.step(Connection::receive_all);
             } else if is_ready(CONNECTION) {
                 self.step(|connection, events| connection.receive(events).map(drop));
+            }
+            // The rest of a message that is half there was said before as well.
+            let half = self
+                .connection
+                .as_ref()
+                .is_some_and(|c| !c.input.is_empty());
+            if let Some(seq) = self.catching_up.take_if(|_| !half) {
+                self.events.caught_up(seq);
             }
             let outbox = self.outbox;
             self.step(|connection, _| connection.send(outbox));
