@@ -30,7 +30,24 @@ static inline void outw(u16 port, u16 v) { asm volatile("outw %0, %1" :: "a"(v),
 static inline u8 inb(u16 port) { u8 v; asm volatile("inb %1, %0" : "=a"(v) : "Nd"(port)); return v; }
 static inline u32 inl(u16 port) { u32 v; asm volatile("inl %1, %0" : "=a"(v) : "Nd"(port)); return v; }
 static inline u64 rdtsc(void) { u32 a, d; asm volatile("rdtsc" : "=a"(a), "=d"(d)); return ((u64)d << 32) | a; }
-static inline void relax(void) { asm volatile("pause"); }
+
+/*
+ * For loops that wait.  Nothing here needs the I/O, but in the lab, where TCG emulates SVM for the hypervisor below, a guest
+ * has been seen to run with the global interrupt flag clear: only an exit, which this makes every now and then, gives the CPU
+ * back to the host.
+ */
+static inline void relax(void)
+{
+	static u32 n;
+	u16 cs;
+
+	asm volatile("pause");
+	if (++n % 1024)
+		return;
+	asm("mov %%cs, %0" : "=r"(cs));
+	if (!(cs & 3))
+		outb(0x80, 0);
+}
 
 /* print.c */
 void serial_init(void);

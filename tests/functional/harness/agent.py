@@ -14,6 +14,8 @@ from .stream import Timeout
 MAGIC = 0x47414756
 HEADER = struct.Struct("<IIII")
 MAX_PAYLOAD = 32768
+# In the lab's directory: somebody found that it does not answer any more.
+DEAD = "dead"
 
 RESET, SPAWN, INPUT, SIGNAL, CONNECT, LISTEN, CLOSE = range(1, 8)
 HELLO, STARTED, FAILED, OUTPUT, ERROR, EXIT, ACCEPTED = range(0x81, 0x88)
@@ -37,6 +39,8 @@ class Agent:
     def _claim(self, end):
         """A port that no other test uses now; waits for one."""
         while True:
+            if (self.directory / DEAD).exists():
+                raise Timeout(f"the lab in {self.directory} is gone")
             gone = True
             for path in sorted(self.directory.glob("port-*[0-9]")):
                 lock = open(f"{path}.lock", "w", encoding="ascii")
@@ -78,6 +82,8 @@ class Agent:
                 break
             except socket.timeout:
                 if time.monotonic() > end:
+                    # Those who come next need not wait as long.
+                    (self.directory / DEAD).touch()
                     raise Timeout("the lab's agent does not answer") from None
         self._received = received[received.index(hello) + len(hello):]
         self._socket.settimeout(None)
