@@ -209,7 +209,8 @@ class Lab:
 
     def command(self, append):
         """QEMU's command line for level 1."""
-        return [str(qemu_path()), *firmware_arguments(),
+        program = os.environ.get("VHOST_GUARD_LEVEL1_QEMU") or qemu_path()
+        return [str(program), *firmware_arguments(),
                 "-accel", "tcg,thread=multi", "-cpu", "EPYC-v4,+svm,+npt",
                 "-smp", "2", "-m", MEMORY, "-machine", "q35",
                 "-nodefaults", "-no-user-config", "-display", "none",
