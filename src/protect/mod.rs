@@ -10,6 +10,7 @@
 mod deny;
 mod plan;
 mod range;
+mod spans;
 mod table;
 
 pub use deny::{Attributes, Deny, UnknownBits};

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use rangemap::RangeMap;
 
+use super::spans;
 use super::table::span_of;
 use super::{Attributes, Deny, Protection, Table};
 
@@ -122,49 +123,17 @@ fn last_counts(entries: &[Protection]) -> RangeMap<u64, (usize, Attributes)> {
 }
 
 /// Entries made disjoint and ascending, each page with all that is asked for on it.
-///
-/// Goes through the ends of all entries in order and counts, for each right, the entries that
-/// are open there.
-fn added_up(entries: &[Protection]) -> Vec<(Range<u64>, Attributes)> {
-    let mut ends: Vec<(u64, bool, u64)> = Vec::with_capacity(2 * entries.len());
-    for Protection { range, attributes } in entries {
-        let span = span_of(*range);
-        let bits = attributes.bits() & !Attributes::IMMUTABLE;
-        ends.push((span.start, true, bits));
-        ends.push((span.end, false, bits));
-    }
-    ends.sort_unstable();
-    let mut open = [0u32; (2 * Attributes::AUDIT_SHIFT) as usize];
-    let mut pieces: Vec<(Range<u64>, Attributes)> = Vec::new();
-    let mut from = 0;
-    for (at, opens, bits) in ends {
-        if from < at {
-            let asked = of_counts(&open);
-            match pieces.last_mut() {
-                Some((span, last)) if span.end == from && *last == asked => span.end = at,
-                _ if asked.is_free() => {}
-                _ => pieces.push((from..at, asked)),
-            }
-        }
-        from = at;
-        for (bit, count) in open.iter_mut().enumerate() {
-            if bits >> bit & 1 != 0 {
-                *count = if opens { *count + 1 } else { *count - 1 };
-            }
-        }
-    }
-    pieces
-}
-
-fn of_counts(open: &[u32]) -> Attributes {
-    let bits: u64 = open
-        .iter()
-        .enumerate()
-        .filter(|&(_, &count)| count > 0)
-        .map(|(bit, _)| 1 << bit)
-        .sum();
-    Attributes::new(
-        Deny::from_bits_truncate(bits),
-        Deny::from_bits_truncate(bits >> Attributes::AUDIT_SHIFT),
-    )
+fn added_up(entries: &[Protection]) -> impl Iterator<Item = (Range<u64>, Attributes)> {
+    let bits = entries.iter().map(|entry| {
+        let asked = entry.attributes.bits() & !Attributes::IMMUTABLE;
+        (span_of(entry.range), asked.into())
+    });
+    spans::added_up(bits).into_iter().map(|(span, bits)| {
+        let bits = bits as u64;
+        let asked = Attributes::new(
+            Deny::from_bits_truncate(bits),
+            Deny::from_bits_truncate(bits >> Attributes::AUDIT_SHIFT),
+        );
+        (span, asked)
+    })
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use rangemap::RangeMap;
 
-use super::{Attributes, Change, Deny, Gfn, GfnRange, Loosens, Order};
+use super::{Attributes, Change, Deny, Gfn, GfnRange, Loosens, Order, spans};
 
 /// A range of pages and what is to hold, or holds, on each of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,28 +73,13 @@ impl Table {
         let span = span_of(range);
         self.ranges
             .overlapping(span.clone())
-            .map(move |(held, &attributes)| protection(clip(held, &span), attributes))
+            .map(move |(held, &attributes)| protection(spans::clip(held, &span), attributes))
     }
 
     /// Hands over the pages of `span` in order: each stretch on which one thing holds, free ones
     /// too.
-    pub(super) fn each_within(
-        &self,
-        span: &Range<u64>,
-        mut take: impl FnMut(Range<u64>, Attributes),
-    ) {
-        let mut from = span.start;
-        for (held, &attributes) in self.ranges.overlapping(span) {
-            let part = clip(held, span);
-            if from < part.start {
-                take(from..part.start, Attributes::default());
-            }
-            from = part.end;
-            take(part, attributes);
-        }
-        if from < span.end {
-            take(from..span.end, Attributes::default());
-        }
+    pub(super) fn each_within(&self, span: &Range<u64>, take: impl FnMut(Range<u64>, Attributes)) {
+        spans::each_within(&self.ranges, span, take);
     }
 
     /// How many disjoint ranges there are.
@@ -123,10 +108,6 @@ impl Table {
 /// Frame numbers as `rangemap` has them, with an exclusive end.
 pub(super) fn span_of(range: GfnRange) -> Range<u64> {
     range.start().number()..range.end().number() + 1
-}
-
-fn clip(held: &Range<u64>, to: &Range<u64>) -> Range<u64> {
-    held.start.max(to.start)..held.end.min(to.end)
 }
 
 fn protection(span: Range<u64>, attributes: Attributes) -> Protection {
