@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can be denied to a guest, on which of its pages: pure logic and data.
+//! What can be denied to a guest, on which of its pages and MSRs: pure logic and data.
 //!
 //! Nothing here does I/O, takes a lock or reads a clock, and nothing here knows the virtio
 //! device, QEMU or any wire format. An [`Order`] is checked against a [`Table`] as a whole and
@@ -8,6 +8,7 @@
 //! takes it over.
 
 mod deny;
+pub mod msr;
 mod plan;
 mod range;
 mod spans;
