@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod device;
 pub mod fd;
 mod log_limit;
+pub mod msr_policy;
 pub mod protect;
 pub mod report;
 pub mod socket;
