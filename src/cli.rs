@@ -74,6 +74,13 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "FILE")]
     pub(crate) events: Option<PathBuf>,
 
+    /// Have QEMU enforce the rules in FILE (TOML) on what the guest may read and write of its
+    /// model-specific registers, from the start of the VM to its end, whatever the guest says.
+    /// docs/msr.md has the format, examples/msr-*.toml are complete. QEMU does not start if it
+    /// cannot enforce them; a VM that runs keeps the rules with which its QEMU was started.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) msr_policy: Option<PathBuf>,
+
     /// Print what this program is, as JSON for QEMU and libvirt (vhost-user.json), and exit.
     #[arg(long)]
     pub(crate) print_capabilities: bool,

@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use crate::device::Device;
 use crate::device::backend::{AGAIN, Backend};
 use crate::log_limit::{Chain, LogLimit, log_limited};
+use crate::msr_policy::PolicyFile;
 use crate::report::{Witness, status};
 use crate::vm::enforcer::VmEvents;
 use crate::vm::qemu::channel::{self, ChannelError, Outbox};
@@ -63,13 +64,15 @@ pub struct Listeners {
     pub status: Option<UnixListener>,
 }
 
-/// Serves a device on its sockets, and tells `witness` of each violation.
+/// Serves a device on its sockets, has `policy` put in force in each VM, and tells `witness` of
+/// each violation.
 ///
 /// # Errors
 ///
 /// Returns only if something fails without which nothing can be served.
 pub fn run(
     listeners: Listeners,
+    policy: Option<Arc<PolicyFile>>,
     witness: Option<Arc<dyn Witness>>,
 ) -> Result<Infallible, DaemonError> {
     let Listeners {
@@ -78,11 +81,12 @@ pub fn run(
         status,
     } = listeners;
     let outbox = Arc::new(Outbox::new()?);
-    let device = Arc::new(Device::new(outbox.clone(), witness));
+    let device = Arc::new(Device::new(outbox.clone(), policy.clone(), witness));
     let events: Arc<dyn VmEvents> = device.clone();
     let (ended, first_end) = mpsc::channel();
     spawn("control-channel", ended.clone(), move || {
-        let Err(e) = channel::serve(control, &outbox, &events);
+        let policy = policy.as_deref().map(PolicyFile::policy);
+        let Err(e) = channel::serve(control, &outbox, &events, policy);
         e.into()
     })?;
     if let Some(status) = status {

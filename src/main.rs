@@ -25,6 +25,7 @@ use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use vhost_guard::daemon::{self, DaemonError, Listeners};
 use vhost_guard::fd;
+use vhost_guard::msr_policy::{self, PolicyFileError};
 use vhost_guard::report::Witness;
 use vhost_guard::report::events_file::{EventsFile, EventsFileError};
 use vhost_guard::socket::{Socket, SocketError};
@@ -52,6 +53,8 @@ enum MainError {
     #[error(transparent)]
     Events(#[from] EventsFileError),
     #[error(transparent)]
+    MsrPolicy(#[from] PolicyFileError),
+    #[error(transparent)]
     Daemon(#[from] DaemonError),
     #[error(transparent)]
     Show(#[from] ShowError),
@@ -68,7 +71,7 @@ fn main() -> ExitCode {
         match cli.endpoints() {
             Ok(Some(endpoints)) => {
                 start_log(cli.log_level.into());
-                let Err(error) = run(&endpoints, cli.events.as_deref());
+                let Err(error) = run(&endpoints, cli.events.as_deref(), cli.msr_policy.as_deref());
                 Err(error)
             }
             Ok(None) => {
@@ -115,7 +118,12 @@ fn start_log(level: LevelFilter) {
     log.init();
 }
 
-fn run(endpoints: &Endpoints, events: Option<&Path>) -> Result<Infallible, MainError> {
+fn run(
+    endpoints: &Endpoints,
+    events: Option<&Path>,
+    msr_policy: Option<&Path>,
+) -> Result<Infallible, MainError> {
+    let policy = msr_policy.map(msr_policy::read).transpose()?.map(Arc::new);
     // What is made here is for its owner only. No other thread runs yet.
     rustix::process::umask(Mode::from_raw_mode(0o177));
     let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(MainError::Signals)?;
@@ -160,7 +168,8 @@ fn run(endpoints: &Endpoints, events: Option<&Path>) -> Result<Infallible, MainE
         control: control_listener,
         status: status_listener,
     };
-    let Err(error) = daemon::run(listeners, events.map(|events| events as Arc<dyn Witness>));
+    let events = events.map(|events| events as Arc<dyn Witness>);
+    let Err(error) = daemon::run(listeners, policy, events);
     remove();
     Err(error.into())
 }

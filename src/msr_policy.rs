@@ -2,7 +2,7 @@
 
 //! The file in which a host says what its guests may read and write of their MSRs.
 //!
-//! From bytes to a [`Policy`], or one line that says where the file is wrong and why. The rules
+//! From bytes to a [`PolicyFile`], or one line that says where the file is wrong and why. The rules
 //! themselves are [`protect::msr`](crate::protect::msr)'s; the format is in `docs/msr.md`.
 
 mod names;
@@ -17,10 +17,13 @@ use serde::Deserialize;
 use serde::de::{self, Visitor};
 use toml::Spanned;
 
-use crate::protect::msr::{Access, Action, HostRule, MsrRange, Policy, Rule, Unlisted};
+use crate::protect::msr::{Access, Action, HostRule, MAX_PINS, MsrRange, Policy, Rule, Unlisted};
 
 /// Largest file, in bytes. A rule takes a hundred; there are not ten thousand MSRs to speak of.
 pub const MAX_FILE: u64 = 1 << 20;
+
+/// Most rules: each entry of `msrs` is one. So many go into one message to QEMU.
+pub const MAX_RULES: usize = 4096;
 
 /// Longest reason, in characters: a parser's message may quote the file.
 const MAX_REASON: usize = 200;
@@ -34,12 +37,37 @@ pub struct PolicyFileError {
     reason: String,
 }
 
+/// A file's policy, and where in the file its rules are.
+#[derive(Clone, Debug)]
+pub struct PolicyFile {
+    path: PathBuf,
+    policy: Policy,
+    /// Of each rule of the policy.
+    lines: Vec<usize>,
+}
+
+impl PolicyFile {
+    /// The policy.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Where the file says the rule with this number, for people; the file, if there is none.
+    pub fn place(&self, rule: Option<u32>) -> String {
+        let path = self.path.display();
+        match rule.and_then(|rule| self.lines.get(rule as usize)) {
+            Some(line) => format!("{path}:{line}"),
+            None => path.to_string(),
+        }
+    }
+}
+
 /// Reads the policy in the file at `path`.
 ///
 /// # Errors
 ///
 /// One line that names the file, the line in it if there is one, and the reason.
-pub fn read(path: &Path) -> Result<Policy, PolicyFileError> {
+pub fn read(path: &Path) -> Result<PolicyFile, PolicyFileError> {
     let refused = |reason: String| PolicyFileError {
         path: path.to_owned(),
         line: None,
@@ -53,9 +81,15 @@ pub fn read(path: &Path) -> Result<Policy, PolicyFileError> {
         line: Some(line_of(&bytes, e.valid_up_to())),
         ..refused("is not UTF-8".into())
     })?;
-    parse(text).map_err(|Wrong { at, reason }| PolicyFileError {
+    let (policy, places) = parse(text).map_err(|Wrong { at, reason }| PolicyFileError {
         line: at.map(|at| line_of(&bytes, at)),
         ..refused(one_line(&reason))
+    })?;
+    let lines = places.iter().map(|place| line_of(&bytes, place.start));
+    Ok(PolicyFile {
+        path: path.to_owned(),
+        policy,
+        lines: lines.collect(),
     })
 }
 
@@ -113,7 +147,7 @@ impl Wrong {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct PolicyFile {
+struct FileRoot {
     #[serde(default)]
     default: FileUnlisted,
     #[serde(default)]
@@ -254,13 +288,15 @@ fn number(text: &str) -> Option<u64> {
     plain.then(|| u64::from_str_radix(&digits, radix).ok())?
 }
 
-fn parse(text: &str) -> Result<Policy, Wrong> {
-    let file: PolicyFile = toml::from_str(text).map_err(|e| Wrong {
+/// The policy, and the place of each of its rules.
+fn parse(text: &str) -> Result<(Policy, Vec<Range<usize>>), Wrong> {
+    let file: FileRoot = toml::from_str(text).map_err(|e| Wrong {
         at: e.span().map(|span| span.start),
         reason: e.message().to_owned(),
     })?;
     // Each with where the file says it.
     let mut rules: Vec<(HostRule, Range<usize>)> = Vec::new();
+    let mut pins = 0;
     for rule in &file.rule {
         let of = kind(rule)?;
         for msrs in rule.get_ref().msrs.get_ref() {
@@ -271,6 +307,21 @@ fn parse(text: &str) -> Result<Policy, Wrong> {
                 ),
                 Kind::Emulate { value, log } => HostRule::Emulate { range, value, log },
             };
+            if let Kind::Limit(_, Action::Pin { .. }) = of {
+                pins += u64::from(range.last() - range.first()) + 1;
+            }
+            if pins > u64::from(MAX_PINS) {
+                return Err(Wrong::new(
+                    &msrs.span(),
+                    format!("with this, more than {MAX_PINS} MSRs are pinned"),
+                ));
+            }
+            if rules.len() == MAX_RULES {
+                return Err(Wrong::new(
+                    &msrs.span(),
+                    format!("with this, there are more than {MAX_RULES} rules"),
+                ));
+            }
             rules.push((rule, msrs.span()));
         }
     }
@@ -279,13 +330,14 @@ fn parse(text: &str) -> Result<Policy, Wrong> {
         FileUnlisted::Deny => Unlisted::Deny,
     };
     let (rules, spans): (Vec<_>, Vec<_>) = rules.into_iter().unzip();
-    Policy::new(unlisted, &rules).map_err(|overlap| {
+    let policy = Policy::new(unlisted, &rules).map_err(|overlap| {
         let earlier = line_of(text.as_bytes(), spans[overlap.earlier].start);
         Wrong::new(
             &spans[overlap.index],
             format!("line {earlier} has a rule for the same access to one of these MSRs already"),
         )
-    })
+    })?;
+    Ok((policy, spans))
 }
 
 /// A rule of the file, without its MSRs.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use vhost_guard::protect::{GfnRange, PAGE_SHIFT};
-use vhost_guard::report::{Event, FORMAT, Status};
+use vhost_guard::report::{Event, FORMAT, MsrRule, Status};
 
 /// How long the companion may take. It serves one client after another, for 2 seconds each.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -137,6 +137,7 @@ fn table(status: &Status) -> Option<String> {
                 status.limits.max_ranges
             ),
         ),
+        ("MSR rules", msr_rules_in_short(status)),
         (
             "requests",
             format!(
@@ -190,6 +191,18 @@ fn table(status: &Status) -> Option<String> {
         out.push_str(&aligned(&rows));
     }
 
+    if !status.msr_rules.is_empty() || status.msr_default.is_some() {
+        let head = ["MSRS", "ACCESS", "RULE", "OF", "CAN CHANGE"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        rows.extend(status.msr_rules.iter().map(msr_row));
+        if let Some(default) = &status.msr_default {
+            let row = ["all others", "read-write", default, "host", "no"];
+            rows.push(row.map(String::from).to_vec());
+        }
+        out.push('\n');
+        out.push_str(&aligned(&rows));
+    }
+
     if !status.violations.is_empty() {
         let mut rows = vec![
             [
@@ -217,9 +230,67 @@ fn row(event: &Event) -> Vec<String> {
         event.times.to_string(),
         event.access.clone(),
         event.source.clone(),
-        event.gpa.clone(),
+        address_of(event),
         event.rip.clone().unwrap_or_else(|| "-".into()),
         event.action.clone(),
+    ]
+}
+
+fn address_of(event: &Event) -> String {
+    match (&event.gpa, &event.msr) {
+        (Some(gpa), _) => gpa.clone(),
+        (None, Some(msr)) => format!("msr {msr}"),
+        (None, None) => "-".into(),
+    }
+}
+
+fn msr_rules_in_short(status: &Status) -> String {
+    if status.limits.max_msr_ranges == 0 {
+        return "not possible in this VM".into();
+    }
+    let of = |who| {
+        status
+            .msr_rules
+            .iter()
+            .filter(|rule| rule.by == who)
+            .count()
+    };
+    let host = match &status.msr_default {
+        Some(_) => format!("{} of the host", of("host")),
+        None => "none of the host".into(),
+    };
+    format!(
+        "{} of the guest, at most {}; {host}",
+        of("guest"),
+        status.limits.max_msr_ranges
+    )
+}
+
+fn msr_row(rule: &MsrRule) -> Vec<String> {
+    let msrs = if rule.first == rule.last {
+        format!("{:#x}", rule.first)
+    } else {
+        format!("{:#x}-{:#x}", rule.first, rule.last)
+    };
+    let mut what = rule.action.clone();
+    for number in [&rule.mask, &rule.value].into_iter().flatten() {
+        what.push(' ');
+        what.push_str(number);
+    }
+    if rule.log && rule.action != "log" {
+        what.push_str(", log");
+    }
+    let change = match (rule.by.as_str(), rule.immutable) {
+        ("host", _) => "no",
+        (_, true) => "grow only, until reset",
+        (_, false) => "yes",
+    };
+    vec![
+        msrs,
+        rule.access.clone(),
+        what,
+        rule.by.clone(),
+        change.into(),
     ]
 }
 

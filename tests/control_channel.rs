@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
 use common::vm_guard::{
-    HELLO, RESET, RESULT, STATE, VIOLATION, hello_payload, message, state_payload,
+    HELLO, RESET, RESULT, STATE, VIOLATION, hello_payload, message, state_payload, states,
 };
 use common::*;
 
@@ -29,7 +29,7 @@ fn patched(mut bytes: Vec<u8>, at: usize, patch: &[u8]) -> Vec<u8> {
 fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
     let range =
         |start, end, attributes| message(STATE, 0, &state_payload(1, &[(start, end, attributes)]));
-    let greeted = [hello(), message(STATE, 0, &state_payload(1, &[]))].concat();
+    let greeted = [hello(), states(0, 1, &[])].concat();
     let after = |bytes: Vec<u8>| [hello(), bytes].concat();
     let after_state = |bytes: Vec<u8>| [greeted.clone(), bytes].concat();
     let violation = |access, action| {
@@ -49,10 +49,11 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
         ("second HELLO", after(hello())),
         ("magic", patched(hello(), 16, b"X")),
         (
-            "HELLO of version 1; this is version 2",
-            patched(hello(), 20, &[1]),
+            "HELLO of version 2; this is version 3",
+            patched(hello(), 20, &[2]),
         ),
-        ("HELLO of version 3", patched(hello(), 20, &[3])),
+        ("HELLO of version 4", patched(hello(), 20, &[4])),
+        ("msr_default is 0x2", patched(hello(), 84, &[2, 0, 0, 0])),
         ("policy is 0x0", patched(hello(), 60, &[0])),
         ("policy is 0x5", patched(hello(), 60, &[5])),
         ("accel is 0x3", patched(hello(), 24, &[3])),
@@ -62,8 +63,8 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
         ("unknown type 0x102", after(message(0x102, 0, &[]))),
         ("unknown type 0x104", after(message(0x104, 0, &[0; 16]))),
         ("flags 0x100", patched(hello(), 2, &[0, 1])),
-        ("type 0x1 with 55 bytes", header(HELLO, 55)),
-        ("type 0x1 with 57 bytes", header(HELLO, 57)),
+        ("type 0x1 with 71 bytes", header(HELLO, 71)),
+        ("type 0x1 with 73 bytes", header(HELLO, 73)),
         (
             "type 0x2 with 1048577 bytes",
             after(header(STATE, (1 << 20) + 1)),
@@ -99,21 +100,27 @@ fn whatever_breaks_the_rules_closes_the_connection_with_one_line() {
                 &state_payload(1, &[(5, 6, LOCKED), (6, 7, LOCKED)]),
             )),
         ),
-        (
-            "STATE with seq 9",
-            after(message(STATE, 9, &state_payload(1, &[]))),
-        ),
-        (
-            "STATE with seq 0",
-            after_state(message(STATE, 0, &state_payload(1, &[]))),
-        ),
+        ("STATE with seq 9", after(states(9, 1, &[]))),
+        ("STATE with seq 0", after_state(states(0, 1, &[]))),
         (
             "RESULT with seq 1",
             after_state(message(RESULT, 1, &[0; 24])),
         ),
         (
-            "type of VIOLATION is 0x2",
-            after(message(VIOLATION, 0, &patched(vec![0; 64], 0, &[2]))),
+            "type of VIOLATION is 0x3",
+            after(message(VIOLATION, 0, &patched(vec![0; 64], 0, &[3]))),
+        ),
+        (
+            "access of VIOLATION is 0x2",
+            after(patched(violation(2, 1), 16, &[2])),
+        ),
+        (
+            "MSR of VIOLATION is 0x100000000",
+            after(patched(
+                violation(1, 1),
+                16,
+                &[2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+            )),
         ),
         ("access of VIOLATION is 0x0", after(violation(0, 1))),
         ("access of VIOLATION is 0x4", after(violation(4, 1))),
@@ -159,7 +166,7 @@ fn a_flood_of_broken_connections_does_not_flood_the_log() {
     );
     s.vm_guard = VmGuard::connect_silently(&s.companion);
     s.vm_guard.send(HELLO, 0, &hello_payload(NOWRITE, 1));
-    s.vm_guard.send(STATE, 0, &state_payload(1, &[]));
+    s.vm_guard.send_states(0, 1, &[]);
     s.assert_works();
 }
 
@@ -167,11 +174,7 @@ fn a_flood_of_broken_connections_does_not_flood_the_log() {
 fn a_second_connection_is_closed_and_the_first_goes_on() {
     let mut s = Setup::new();
     for _ in 0..50 {
-        let second = VmGuard {
-            stream: s.companion.connect_control(),
-            generation: 1,
-            in_force: 0,
-        };
+        let second = VmGuard::on(s.companion.connect_control());
         second.assert_closed();
     }
     let lines = s.companion.log_lines("closed a second connection");
@@ -185,21 +188,12 @@ fn a_message_that_comes_byte_by_byte_delays_nobody() {
     let guest = Guest::new();
     let mut vm_guard = VmGuard::connect_silently(&companion);
     let mut front_end = FrontEnd::connect(&companion, &guest);
-    let bytes = [
-        hello(),
-        message(STATE, 0, &state_payload(1, &[(1, 1, LOCKED)])),
-    ]
-    .concat();
+    let bytes = [hello(), states(0, 1, &[(1, 1, LOCKED)])].concat();
     for byte in bytes {
         vm_guard.stream.write_all(&[byte]).unwrap();
         front_end.config();
         // Somebody else who tries is still told.
-        VmGuard {
-            stream: companion.connect_control(),
-            generation: 1,
-            in_force: 0,
-        }
-        .assert_closed();
+        VmGuard::on(companion.connect_control()).assert_closed();
     }
     wait_for("STATE", || {
         (front_end.config().ranges_in_force() == 1).then_some(())
@@ -211,7 +205,7 @@ fn many_messages_in_one_write_are_all_taken() {
     let companion = Companion::start();
     let guest = Guest::new();
     let mut vm_guard = VmGuard::connect_silently(&companion);
-    let mut bytes = [hello(), message(STATE, 0, &state_payload(1, &[]))].concat();
+    let mut bytes = [hello(), states(0, 1, &[])].concat();
     for _ in 0..3000 {
         bytes.extend(message(
             VIOLATION,
@@ -311,7 +305,7 @@ fn nothing_is_sent_before_state() {
     });
     s.front_end.config();
     s.vm_guard.assert_silent();
-    s.vm_guard.send(STATE, 0, &state_payload(1, &[]));
+    s.vm_guard.send_states(0, 1, &[]);
     let protect = s.vm_guard.protect();
     s.vm_guard.succeed(&protect);
     assert_eq!(s.guest.response(head).status, 0);

@@ -186,7 +186,7 @@ fn what_the_vm_cannot_enforce_is_not_offered() {
     let guest = Guest::new();
     let mut vm_guard = VmGuard::connect_silently(&companion);
     vm_guard.send(vm_guard::HELLO, 0, &vm_guard::hello_payload(0, 1));
-    vm_guard.send(vm_guard::STATE, 0, &vm_guard::state_payload(1, &[]));
+    vm_guard.send_states(0, 1, &[]);
     let mut front_end = FrontEnd::connect(&companion, &guest);
     assert_eq!(front_end.features & F_NOWRITE, 0);
     assert_eq!(front_end.config().deny_bits(), 0);
@@ -233,8 +233,7 @@ fn nothing_is_written_before_it_is_known_what_is_locked() {
     front_end.config();
     assert_eq!((guest.used_idx(0), guest.used_idx(1)), (0, 0));
     let locked = NOWRITE | IMMUTABLE;
-    let state = vm_guard::state_payload(1, &[(event, event, locked), (page, page, locked)]);
-    vm_guard.send(vm_guard::STATE, 0, &state);
+    vm_guard.send_states(0, 1, &[(event, event, locked), (page, page, locked)]);
     assert_eq!(guest.used(0), Used { head, len: 0 });
     assert_eq!(guest.used(1), Used { head: 0, len: 0 });
     let response = guest.read_response(guest.response_at(head));
@@ -550,9 +549,8 @@ fn when_the_counts_differ_the_vm_guard_is_asked_what_is_in_force() {
     assert_eq!(s.guest.response(head).status, 0);
     let seq = s.vm_guard.get_state();
     let locked = NOWRITE | IMMUTABLE;
-    let state =
-        vm_guard::state_payload(1, &[(1, 1, locked), (3, 9, locked), (0x100, 0x100, locked)]);
-    s.vm_guard.send(vm_guard::STATE, seq, &state);
+    let state = [(1, 1, locked), (3, 9, locked), (0x100, 0x100, locked)];
+    s.vm_guard.send_states(seq, 1, &state);
     wait_for("the new state", || {
         (s.front_end.config().ranges_in_force() == 3).then_some(())
     });

@@ -153,17 +153,19 @@ fn kvm_deflects_what_the_rules_speak_of_and_nothing_else() {
         ],
     ];
     let budget = Budget {
-        filter_ranges: MAX_FILTER_RANGES,
+        filter_ranges: Some(MAX_FILTER_RANGES),
         ranges: 0,
+        pins: 64,
     };
     let mut seen = [0, 0];
     for list in &lists {
         for unlisted in [Unlisted::Allow, Unlisted::Deny] {
             let policy = Policy::new(unlisted, list).unwrap();
             let (_, planned) = Rules::new(policy, budget).unwrap();
-            assert_eq!(planned.filter.default_deny, unlisted == Unlisted::Deny);
+            let filter = planned.filter.unwrap();
+            assert_eq!(filter.default_deny, unlisted == Unlisted::Deny);
             let mut guest = Guest::new(&kvm);
-            guest.install(&planned.filter);
+            guest.install(&filter);
             for msr in [
                 0x0,
                 0x10,

@@ -9,7 +9,7 @@ use std::net::Shutdown;
 use common::guest::{
     INDIRECT, LOCK, PROTECT, SEAL, Used, WRITE, lock_request, query_request, request,
 };
-use common::vm_guard::{Range, STATE, hello_with, state_payload};
+use common::vm_guard::{Range, hello_with};
 use common::*;
 
 #[test]
@@ -124,7 +124,7 @@ fn while_the_table_is_in_doubt_nothing_is_held_against_it() {
     s.front_end.config();
     assert_eq!(s.guest.try_used(0), None);
     let held = [(1, 1, NOWRITE | IMMUTABLE), (7, 7, NOREAD | IMMUTABLE)];
-    s.vm_guard.send(STATE, seq, &state_payload(1, &held));
+    s.vm_guard.send_states(seq, 1, &held);
     assert_eq!(s.guest.response(loosening), refused(EPERM, 0));
     assert_eq!(s.guest.query_response(query), (2, held.to_vec()));
     s.vm_guard.assert_silent();
@@ -139,7 +139,7 @@ fn while_the_table_is_in_doubt_nothing_is_held_against_it() {
     let seq = s.vm_guard.get_state();
     s.front_end.config();
     assert_eq!(s.guest.try_used(0), None);
-    s.vm_guard.send(STATE, seq, &state_payload(1, &held));
+    s.vm_guard.send_states(seq, 1, &held);
     assert_eq!(s.guest.query_response(query), (2, held.to_vec()));
 }
 

@@ -83,7 +83,12 @@ fn the_document_says_what_is_known() {
         "on_violation": "inject",
         "deny_bits": ["NOWRITE", "NOREAD"],
         "audit_bits": ["NOWRITE", "NOEXEC"],
-        "limits": { "max_ranges": 1000, "max_request_ranges": 4096 },
+        "limits": {
+            "max_ranges": 1000, "max_request_ranges": 4096, "max_msr_ranges": 0,
+            "max_msr_pins": 64,
+        },
+        "msr_default": null,
+        "msr_rules": [],
         "ranges": [
             {
                 "gfn_start": 0x8000, "gfn_end": 0x81ff, "pages": 0x200,
@@ -271,6 +276,7 @@ on violation:  inject
 can deny:      NOWRITE,NOREAD
 can watch:     NOWRITE,NOEXEC
 ranges:        2 in force, at most 1000
+MSR rules:     not possible in this VM
 requests:      2 carried out, 1 refused, 0 malformed
 violations:    7, of which the guest was not told of 4
 

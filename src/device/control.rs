@@ -10,13 +10,24 @@
 use std::collections::VecDeque;
 
 use super::chain::Answer;
+use super::msr_wire;
 use super::ring::{Fault, Left, Popped, Turn};
 use super::wire::{self, Errno, Limits, QUEUE_SIZE, RESPONSE_SIZE, Refusal, Request};
-use crate::protect::{GfnRange, Loosens, Order};
+use crate::protect::{Demand, msr};
 use crate::vm::enforcer::Outcome;
 
 /// A query that finds so many ranges takes as long as a chain of the longest.
 const RANGES_PER_TURN: usize = 1024;
+
+/// What requests are held against.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known<'a> {
+    pub(super) limits: Limits,
+    /// The tables are known to be what is in force, and nothing is about to change them.
+    pub(super) settled: bool,
+    /// The guest's rules for MSRs.
+    pub(super) msrs: &'a msr::Table,
+}
 
 /// Requests that were popped and not given back, oldest first.
 #[derive(Debug, Default)]
@@ -52,21 +63,15 @@ enum State {
 }
 
 impl Requests {
-    /// Gives back what can be, and pops what there is, up to the queue's size. The table is
-    /// `settled` if it is known to be what is in force, and nothing is about to change it.
-    pub(super) fn serve(
-        &mut self,
-        turn: &mut Turn<'_>,
-        limits: Limits,
-        settled: bool,
-    ) -> Result<Left, Fault> {
-        self.give_back(turn, settled)?;
+    /// Gives back what can be, and pops what there is, up to the queue's size.
+    pub(super) fn serve(&mut self, turn: &mut Turn<'_>, known: Known<'_>) -> Result<Left, Fault> {
+        self.give_back(turn, known)?;
         if self.is_full() {
             return Ok(Left::Nothing);
         }
         turn.drain(|turn, popped| {
-            self.take(turn, popped, limits);
-            self.give_back(turn, settled)?;
+            self.take(turn, popped, known.limits);
+            self.give_back(turn, known)?;
             Ok(!self.is_full())
         })
     }
@@ -106,14 +111,15 @@ impl Requests {
         });
     }
 
-    fn give_back(&mut self, turn: &mut Turn<'_>, settled: bool) -> Result<(), Fault> {
+    fn give_back(&mut self, turn: &mut Turn<'_>, known: Known<'_>) -> Result<(), Fault> {
         while let Some(pending) = self.pending.front() {
             let (written, ok) = match &pending.state {
                 State::Asked {
-                    answer,
-                    request: Request::Query(range),
-                } if settled => (tell(turn, answer, *range), true),
-                State::Asked { .. } => break,
+                    request: Request::Order { .. },
+                    ..
+                } => break,
+                State::Asked { .. } if !known.settled => break,
+                State::Asked { answer, request } => (tell(turn, answer, request, known), true),
                 State::Answered { answer, response } => {
                     let written = turn.write(answer, &wire::encode_response(*response));
                     (written.then_some(RESPONSE_SIZE), response.is_ok())
@@ -133,12 +139,12 @@ impl Requests {
     }
 
     /// What the VM's owner is to carry out next.
-    pub(super) fn next(&self) -> Option<&Order> {
+    pub(super) fn next(&self) -> Option<&Demand> {
         match &self.pending.front()?.state {
             State::Asked {
-                request: Request::Order(order),
+                request: Request::Order { demand, .. },
                 ..
-            } => Some(order),
+            } => Some(demand),
             _ => None,
         }
     }
@@ -151,12 +157,9 @@ impl Requests {
     }
 
     /// The request that [`Requests::next`] named is not to be carried out.
-    pub(super) fn refuse(&mut self, Loosens { index }: Loosens) {
+    pub(super) fn refuse(&mut self, refusal: Refusal) {
         if let Some(pending) = self.pending.front_mut() {
-            pending.answer(Err(Refusal {
-                errno: Errno::Eperm,
-                index: u32::try_from(index).ok(),
-            }));
+            pending.answer(Err(refusal));
         }
     }
 
@@ -179,18 +182,39 @@ impl Requests {
 }
 
 impl Pending {
+    /// The index of `response` is that of an entry of what is demanded.
     fn answer(&mut self, response: Result<u64, Refusal>) {
         self.state = match std::mem::replace(&mut self.state, State::Malformed) {
-            State::Asked { answer, .. } => State::Answered { answer, response },
+            State::Asked { answer, request } => {
+                let response = response.map_err(|refusal| Refusal {
+                    index: refusal.index.and_then(|index| request.entry_of(index)),
+                    ..refusal
+                });
+                State::Answered { answer, response }
+            }
             other => other,
         };
     }
 }
 
-/// Answers a query from the table. Returns how many bytes were written.
-fn tell(turn: &mut Turn<'_>, answer: &Answer, range: GfnRange) -> Option<usize> {
-    let held = turn.guest().table().within(range);
-    let (bytes, found) = wire::encode_query(held, answer.room());
+/// Answers a query from the tables. Returns how many bytes were written.
+fn tell(
+    turn: &mut Turn<'_>,
+    answer: &Answer,
+    request: &Request,
+    known: Known<'_>,
+) -> Option<usize> {
+    let (bytes, found) = match request {
+        Request::Query(range) => {
+            let held = turn.guest().table().within(*range);
+            wire::encode_query(held.map(wire::encode_range), answer.room())
+        }
+        Request::MsrQuery(query) => {
+            let held = msr_wire::held(known.msrs, *query);
+            wire::encode_query(held.into_iter(), answer.room())
+        }
+        Request::Order { .. } => return None,
+    };
     turn.spend(found as usize / RANGES_PER_TURN);
     turn.write(answer, &bytes).then_some(bytes.len())
 }
@@ -216,7 +240,7 @@ mod tests {
     use super::*;
     use crate::device::guarded::Guarded;
     use crate::device::wire::Rights;
-    use crate::protect::{Attributes, Deny, Protection, Table};
+    use crate::protect::{Attributes, Deny, GfnRange, Protection, Table};
 
     const AVAIL: u64 = 0x1000;
     const USED: u64 = 0x2000;
@@ -226,6 +250,7 @@ mod tests {
         rights: Rights {
             deny: Deny::NOWRITE,
             audit: Deny::empty(),
+            msrs: false,
         },
         max_request_ranges: 4096,
     };
@@ -285,7 +310,12 @@ mod tests {
         fn serve(&mut self, requests: &mut Requests) -> Result<Left, Fault> {
             let memory = self.memory.memory();
             let guest = Guarded::new(&memory, &self.table);
-            requests.serve(&mut Turn::new(&mut self.queue, &guest), LIMITS, true)
+            let known = Known {
+                limits: LIMITS,
+                settled: true,
+                msrs: &msr::Table::default(),
+            };
+            requests.serve(&mut Turn::new(&mut self.queue, &guest), known)
         }
     }
 
@@ -296,6 +326,7 @@ mod tests {
             index: None,
             generation: 1,
             ranges_in_force: 1,
+            msr_ranges_in_force: 0,
         };
         let lock = Protection {
             range: GfnRange::of_bytes(RESPONSE, 16).unwrap(),
@@ -354,6 +385,7 @@ mod tests {
             index: None,
             generation: 1,
             ranges_in_force: 1,
+            msr_ranges_in_force: 0,
         };
         requests.finish(done);
         assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));

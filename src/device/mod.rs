@@ -11,6 +11,8 @@ mod chain;
 mod control;
 mod events;
 mod guarded;
+mod in_force;
+mod msr_wire;
 mod ring;
 mod vm_events;
 pub mod wire;
@@ -24,11 +26,12 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
-use crate::protect::{Change, Order, Table};
+use crate::msr_policy::PolicyFile;
 use crate::report::{Counters, Seen, Snapshot, Witness};
 use crate::vm::enforcer::{Enforcer, Outcome, VmInfo};
-use control::Requests;
+use control::{Known, Requests};
 use events::Events;
+use in_force::{Change, InForce, describe};
 use ring::{Left, Ring};
 use wire::{Config, Errno, Limits, MAX_REQUEST_RANGES, Rights};
 
@@ -47,6 +50,8 @@ const REMEMBERED: usize = 64;
 pub struct Device {
     enforcer: Arc<dyn Enforcer>,
     witness: Option<Arc<dyn Witness>>,
+    /// The host's rules for MSRs that the enforcer gives the VM's owner.
+    policy: Option<Arc<PolicyFile>>,
     state: Mutex<State>,
     greeted: Condvar,
 }
@@ -57,8 +62,8 @@ struct State {
     vm: Option<VmInfo>,
     link: Link,
     /// What is in force.
-    table: Table,
-    /// The table is what this VM's owner has said, now or before it went. Until then it is not
+    in_force: InForce,
+    /// That is what this VM's owner has said, now or before it went. Until then it is not
     /// known what may be read or written in the guest's memory, and no ring is looked at.
     told: bool,
     requests: Requests,
@@ -102,8 +107,8 @@ enum Start {
 #[derive(Debug)]
 struct UnderWay {
     seq: u64,
-    /// What it comes to on the table of this generation.
-    change: Change,
+    /// What it comes to on what is in force in this generation; `None` in a later one.
+    change: Option<Change>,
     /// For the log.
     what: String,
     /// The ring was stopped or the VM reset since: there is nobody to be told.
@@ -125,12 +130,17 @@ struct FrontEnd {
 }
 
 impl Device {
-    /// A device whose protections are enforced by `enforcer`, and whose violations are told to
-    /// `witness`.
-    pub fn new(enforcer: Arc<dyn Enforcer>, witness: Option<Arc<dyn Witness>>) -> Self {
+    /// A device whose protections are enforced by `enforcer`, which also gives the VM's owner the
+    /// host's rules of `policy`, and whose violations are told to `witness`.
+    pub fn new(
+        enforcer: Arc<dyn Enforcer>,
+        policy: Option<Arc<PolicyFile>>,
+        witness: Option<Arc<dyn Witness>>,
+    ) -> Self {
         Self {
             enforcer,
             witness,
+            policy,
             state: Mutex::default(),
             greeted: Condvar::new(),
         }
@@ -188,7 +198,9 @@ impl Device {
         Snapshot {
             connected: state.link != Link::Down,
             vm: state.vm,
-            table: state.table.clone(),
+            pages: state.in_force.pages.clone(),
+            msrs: state.in_force.msrs().clone(),
+            host: state.in_force.host().cloned(),
             counters: Counters {
                 violations: state.events.violations,
                 events_lost: state.events.lost(),
@@ -207,7 +219,9 @@ impl Device {
             max_request_ranges: state.limits().max_request_ranges,
             max_ranges: state.vm.map_or(0, |vm| vm.max_ranges),
             generation: state.generation(),
-            ranges_in_force: state.ranges_in_force(),
+            ranges_in_force: state.in_force.ranges(),
+            max_msr_ranges: state.vm.map_or(0, |vm| vm.msrs.max_ranges),
+            msr_ranges_in_force: state.in_force.msr_ranges(),
             violations: state.events.violations,
             events_lost: state.events.lost(),
             malformed: state.malformed(),
@@ -259,15 +273,12 @@ impl State {
         self.requests.malformed + self.events.malformed
     }
 
-    fn ranges_in_force(&self) -> u32 {
-        u32::try_from(self.table.len()).unwrap_or(u32::MAX)
-    }
-
     /// What this host can enforce and watch.
     fn rights(&self) -> Rights {
         self.vm.map_or_else(Rights::default, |vm| Rights {
             deny: vm.deny,
             audit: vm.audit,
+            msrs: vm.msrs.max_ranges != 0,
         })
     }
 
@@ -309,6 +320,11 @@ impl State {
             return;
         }
         let (limits, settled) = (self.limits(), self.is_settled());
+        let known = Known {
+            limits,
+            settled,
+            msrs: self.in_force.msrs(),
+        };
         let Some(FrontEnd {
             control: Some(ring),
             memory,
@@ -318,8 +334,8 @@ impl State {
         else {
             return;
         };
-        if ring.turn(memory, &self.table, |turn| {
-            self.requests.serve(turn, limits, settled)
+        if ring.turn(memory, &self.in_force.pages, |turn| {
+            self.requests.serve(turn, known)
         }) == Left::Chains
         {
             // Fails only when the counter is full, and then the worker is about to wake anyway.
@@ -341,7 +357,7 @@ impl State {
         else {
             return;
         };
-        if ring.turn(memory, &self.table, |turn| self.events.serve(turn)) == Left::Chains {
+        if ring.turn(memory, &self.in_force.pages, |turn| self.events.serve(turn)) == Left::Chains {
             let _ = again.write(1);
         }
     }
@@ -351,24 +367,24 @@ impl State {
         if !self.is_settled() {
             return;
         }
-        let Some(order) = self.requests.next() else {
+        let Some(demand) = self.requests.next() else {
             return;
         };
-        let what = describe(order);
-        match self.table.plan(order) {
+        let what = describe(demand);
+        match self.in_force.plan(demand) {
             Ok(change) => {
                 self.last_seq += 1;
-                enforcer.carry_out(self.last_seq, self.generation(), order);
+                enforcer.carry_out(self.last_seq, self.generation(), demand);
                 self.under_way = Some(UnderWay {
                     seq: self.last_seq,
-                    change,
+                    change: Some(change),
                     what,
                     orphaned: false,
                 });
             }
-            Err(loosens) => {
-                log_limited!(REFUSED, Info, "{what} refused: {loosens}");
-                self.requests.refuse(loosens);
+            Err(unplanned) => {
+                log_limited!(REFUSED, Info, "{what} refused: {unplanned}");
+                self.requests.refuse(unplanned.into());
                 // It is given back, and the one behind it looked at, at the worker's next turn: a
                 // guest with nothing but such requests is to keep nobody waiting.
                 if let Some(front_end) = &self.front_end {
@@ -406,12 +422,12 @@ impl State {
         if let Some(vm) = &mut self.vm {
             vm.generation = generation;
         }
-        self.table = Table::default();
+        self.in_force.reset();
         self.events.clear();
         self.requests.refuse_all(Errno::Estale);
         if let Some(under_way) = self.orphan() {
-            // It was planned on a table that is gone.
-            under_way.change = Change::default();
+            // It was planned on tables that are gone.
+            under_way.change = None;
         }
     }
 
@@ -421,7 +437,7 @@ impl State {
         let in_use = self.front_end.as_ref().is_some_and(|f| f.in_use);
         if !in_use && self.link == Link::Down {
             self.vm = None;
-            self.table = Table::default();
+            self.in_force = InForce::default();
             self.told = false;
             self.events = Events::default();
             self.recent.clear();
@@ -441,24 +457,17 @@ impl State {
                 outcome.status,
                 outcome.index.map_or("none".into(), |i| i.to_string())
             );
-        } else if outcome.generation == self.generation() {
-            self.table.apply(change);
+        } else if outcome.generation == self.generation()
+            && let Some(change) = change
+        {
+            self.in_force.apply(change);
             log_limited!(
                 CHANGED,
                 Info,
-                "{what} is in force on {} pages; {} ranges in force",
-                change.pages(),
-                self.table.len()
+                "{what} is in force {change}; {} ranges in force, {} of MSRs",
+                self.in_force.ranges(),
+                self.in_force.msr_ranges()
             );
         }
-    }
-}
-
-/// An order, for the log.
-fn describe(order: &Order) -> String {
-    match order {
-        Order::Lock(entries) => format!("LOCK of {} ranges", entries.len()),
-        Order::Protect(entries) => format!("PROTECT of {} ranges", entries.len()),
-        Order::Seal => "SEAL".into(),
     }
 }

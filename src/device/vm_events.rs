@@ -7,14 +7,32 @@
 
 use jiff::Timestamp;
 
+use super::in_force::InForce;
+use super::wire::Errno;
 use super::{Device, Link, REMEMBERED, Start};
 use crate::log_limit::{LogLimit, log_limited};
-use crate::protect::Table;
 use crate::report::Seen;
-use crate::vm::enforcer::{Outcome, Unexpected, Violation, VmEvents, VmInfo};
+use crate::vm::enforcer::{
+    self, HostPolicyOutcome, Outcome, Unexpected, Violation, VmEvents, VmInfo,
+};
 
 static VIOLATIONS: LogLimit = LogLimit::new(10);
 static CONNECTIONS: LogLimit = LogLimit::new(10);
+static POLICY: LogLimit = LogLimit::new(10);
+
+/// What a host's policy was refused for, for people.
+fn why_refused(status: u32, names_rule: bool) -> &'static str {
+    match Errno::from_number(status) {
+        Some(Errno::Eopnotsupp) if names_rule => {
+            "this host cannot enforce this rule to the letter (docs/msr.md says which it can)"
+        }
+        Some(Errno::Eopnotsupp) => "this VM cannot enforce rules for MSRs",
+        Some(Errno::Enospc) => {
+            "together the rules do not fit into KVM's filter, or pin too many MSRs (docs/msr.md)"
+        }
+        _ => "QEMU refused them",
+    }
+}
 
 impl VmEvents for Device {
     fn connected(&self, vm: VmInfo) {
@@ -33,7 +51,7 @@ impl VmEvents for Device {
         self.greeted.notify_all();
     }
 
-    fn state(&self, seq: u64, generation: u64, table: Table) -> Result<(), Unexpected> {
+    fn state(&self, seq: u64, generation: u64, told: enforcer::InForce) -> Result<(), Unexpected> {
         let mut state = self.lock();
         if seq == 0 && state.link == Link::Greeted {
             state.link = Link::Up;
@@ -42,16 +60,26 @@ impl VmEvents for Device {
                     CONNECTIONS,
                     Info,
                     "QEMU connected: accelerator={} deny=\"{}\" audit=\"{}\" \
-                     generation={generation} ranges_in_force={}",
+                     generation={generation} ranges_in_force={} msr_ranges_in_force={}",
                     vm.accelerator,
                     vm.deny,
                     vm.audit,
-                    table.len()
+                    told.pages.len(),
+                    told.msrs.len()
+                );
+            }
+            if let (Some(policy), None) = (&told.host, &self.policy) {
+                log_limited!(
+                    CONNECTIONS,
+                    Info,
+                    "the VM has MSR rules of its host: rules={} default={}; they stay in force",
+                    policy.rules().len(),
+                    policy.unlisted()
                 );
             }
         } else if state.state_asked == Some(seq) {
             state.state_asked = None;
-            if state.table != table {
+            if !state.in_force.is(&told) {
                 log_limited!(
                     CONNECTIONS,
                     Warn,
@@ -64,7 +92,8 @@ impl VmEvents for Device {
         if state.generation() != generation {
             state.begin_generation(generation);
         }
-        state.table = table;
+        let can = state.vm.map(|vm| vm.msrs).unwrap_or_default();
+        state.in_force = InForce::told(told, can);
         state.told = true;
         state.serve_control(&*self.enforcer);
         state.serve_events();
@@ -81,7 +110,8 @@ impl VmEvents for Device {
                 seq,
             })?;
         state.apply(&under_way, &outcome);
-        if outcome.ranges_in_force != state.ranges_in_force() {
+        let told = (outcome.ranges_in_force, outcome.msr_ranges_in_force);
+        if told != (state.in_force.ranges(), state.in_force.msr_ranges()) {
             state.ask_state(&*self.enforcer);
         }
         if !under_way.orphaned {
@@ -91,6 +121,41 @@ impl VmEvents for Device {
         // Its ring may have been where it could not be served.
         state.serve_events();
         Ok(())
+    }
+
+    fn host_policy(&self, outcome: HostPolicyOutcome) {
+        let Some(file) = &self.policy else {
+            return;
+        };
+        let place = |rule| file.place(rule);
+        match outcome {
+            HostPolicyOutcome::InForce => {
+                let policy = file.policy();
+                log_limited!(
+                    POLICY,
+                    Info,
+                    "MSR rules of {} are in force: rules={} default={}",
+                    place(None),
+                    policy.rules().len(),
+                    policy.unlisted()
+                );
+                self.lock().in_force.set_host(policy.clone());
+            }
+            HostPolicyOutcome::Others => log_limited!(
+                POLICY,
+                Warn,
+                "MSR rules of {} are NOT in force: the VM keeps those with which its QEMU was \
+                 started; to change them, start QEMU anew",
+                place(None)
+            ),
+            HostPolicyOutcome::Refused { status, index } => log_limited!(
+                POLICY,
+                Error,
+                "MSR rules of {} are NOT in force: {}: errno={status}",
+                place(index),
+                why_refused(status, index.is_some())
+            ),
+        }
     }
 
     fn violation(&self, violation: Violation) {

@@ -5,8 +5,10 @@
 //! Pure: bytes that were copied out of guest memory come in, a validated request or the errno
 //! that the specification gives comes out. Knows neither rings nor who enforces.
 
-use crate::protect::{Attributes, Deny, GfnRange, Order, Protection};
-use crate::vm::enforcer::{Access, Action, Policy, Source, Violation};
+use super::msr_wire::{self, MsrQuery};
+use crate::protect::msr::{MAX_BITMAP_SIZE, MAX_BITMAPS};
+use crate::protect::{Attributes, Demand, Deny, GfnRange, Order, Protection};
+use crate::vm::enforcer::{Access, Action, Policy, Source, Target, Violation};
 
 /// Virtio device ID: the end of the range that virtio-pci can express, left to experiments.
 pub const DEVICE_ID: u32 = 63;
@@ -27,7 +29,7 @@ pub const RESPONSE_SIZE: usize = 16;
 /// Bytes of an event.
 pub const EVENT_SIZE: usize = 64;
 /// Bytes of the configuration space.
-pub const CONFIG_SIZE: usize = 72;
+pub const CONFIG_SIZE: usize = 80;
 /// Bytes of an entry.
 pub const RANGE_SIZE: usize = 24;
 
@@ -35,7 +37,12 @@ const TYPE_LOCK: u16 = 1;
 const TYPE_PROTECT: u16 = 2;
 const TYPE_SEAL: u16 = 3;
 const TYPE_QUERY: u16 = 4;
+pub(super) const TYPE_MSR_LOCK: u16 = 5;
+pub(super) const TYPE_MSR_PROTECT: u16 = 6;
+const TYPE_MSR_BITMAP: u16 = 7;
+pub(super) const TYPE_MSR_QUERY: u16 = 8;
 const EVENT_VIOLATION: u16 = 1;
+const EVENT_MSR: u16 = 2;
 const CONFIG_VERSION: u32 = 1;
 const NO_INDEX: u32 = u32::MAX;
 const SOURCE_DEVICE: u32 = u32::MAX;
@@ -49,14 +56,18 @@ const DENY_FEATURES: [(u32, Deny); 4] = [
 ];
 /// The feature bit of a host that can watch accesses.
 const AUDIT_FEATURE: u64 = 1 << 4;
+/// The feature bit of a host that enforces rules for MSRs.
+const MSR_FEATURE: u64 = 1 << 5;
 
-/// Rights that can be taken away, and those that can be watched.
+/// Rights that can be taken away, those that can be watched, and whether there can be MSR rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rights {
     /// They can be denied.
     pub deny: Deny,
     /// They can be watched instead.
     pub audit: Deny,
+    /// There can be rules for MSRs.
+    pub msrs: bool,
 }
 
 impl Rights {
@@ -72,7 +83,8 @@ impl Rights {
         } else {
             AUDIT_FEATURE
         };
-        denied | watched
+        let msrs = if self.msrs { MSR_FEATURE } else { 0 };
+        denied | watched | msrs
     }
 
     /// What of this a driver may use that negotiated `features`.
@@ -90,6 +102,7 @@ impl Rights {
             } else {
                 Deny::empty()
             },
+            msrs: self.msrs && features & MSR_FEATURE != 0,
         }
     }
 
@@ -163,9 +176,38 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// That something be changed.
-    Order(Order),
+    Order {
+        /// What.
+        demand: Demand,
+        /// Of each rule of the demand, the bitmap that it comes from, if it comes from one.
+        bitmaps: Option<Vec<usize>>,
+    },
     /// What holds on these pages.
     Query(GfnRange),
+    /// Which rules hold for these MSRs.
+    MsrQuery(MsrQuery),
+}
+
+impl Request {
+    /// Which entry of the request this one of what it demands comes from.
+    pub(super) fn entry_of(&self, index: u32) -> Option<u32> {
+        match self {
+            Self::Order {
+                bitmaps: Some(bitmaps),
+                ..
+            } => u32::try_from(*bitmaps.get(index as usize)?).ok(),
+            _ => Some(index),
+        }
+    }
+}
+
+impl From<Demand> for Request {
+    fn from(demand: Demand) -> Self {
+        Self::Order {
+            demand,
+            bitmaps: None,
+        }
+    }
 }
 
 /// Reads a request.
@@ -189,10 +231,23 @@ pub fn parse_request(bytes: &[u8], total: u64, limits: Limits) -> Result<Request
         TYPE_LOCK | TYPE_PROTECT => 1..=most,
         TYPE_SEAL => 0..=0,
         TYPE_QUERY => 1..=1,
+        TYPE_MSR_LOCK | TYPE_MSR_PROTECT if limits.rights.msrs => 1..=most,
+        TYPE_MSR_BITMAP if limits.rights.msrs => 1..=MAX_BITMAPS as u32,
+        TYPE_MSR_QUERY if limits.rights.msrs => 1..=1,
         _ => return Err(Errno::Eopnotsupp.into()),
     };
     if u16::from_le_bytes([f0, f1]) != 0 {
         return Err(Errno::Einval.into());
+    }
+    if kind == TYPE_MSR_BITMAP {
+        let size = (REQUEST_HEADER_SIZE + MAX_BITMAPS * MAX_BITMAP_SIZE) as u64;
+        if count > *counts.end() || total > size {
+            return Err(Errno::E2big.into());
+        }
+        if !counts.contains(&count) || total != bytes.len() as u64 {
+            return Err(Errno::Einval.into());
+        }
+        return msr_wire::parse_bitmaps(entries, count);
     }
     let size_of = |count: u32| (REQUEST_HEADER_SIZE + RANGE_SIZE * count as usize) as u64;
     if count > most || total > size_of(most) {
@@ -202,23 +257,31 @@ pub fn parse_request(bytes: &[u8], total: u64, limits: Limits) -> Result<Request
         return Err(Errno::Einval.into());
     }
     let (entries, _) = entries.as_chunks::<RANGE_SIZE>();
-    let entries: Vec<_> = entries
-        .iter()
-        .zip(0..)
-        .map(|(entry, index)| {
-            parse_entry(entry, kind, limits.rights).map_err(|errno| Refusal {
-                errno,
-                index: Some(index),
-            })
-        })
-        .collect::<Result<_, _>>()?;
-    match (kind, entries.as_slice()) {
-        (TYPE_LOCK, _) => Ok(Request::Order(Order::Lock(entries))),
-        (TYPE_PROTECT, _) => Ok(Request::Order(Order::Protect(entries))),
-        (TYPE_QUERY, [entry]) => Ok(Request::Query(entry.range)),
-        (TYPE_SEAL, []) => Ok(Request::Order(Order::Seal)),
-        _ => Err(Errno::Einval.into()),
+    if matches!(kind, TYPE_MSR_LOCK | TYPE_MSR_PROTECT | TYPE_MSR_QUERY) {
+        return msr_wire::parse_entries(entries, kind);
     }
+    let entries = each_entry(entries, |entry| parse_entry(entry, kind, limits.rights))?;
+    Ok(match (kind, entries.as_slice()) {
+        (TYPE_LOCK, _) => Demand::Pages(Order::Lock(entries)).into(),
+        (TYPE_PROTECT, _) => Demand::Pages(Order::Protect(entries)).into(),
+        (TYPE_QUERY, [entry]) => Request::Query(entry.range),
+        (TYPE_SEAL, []) => Demand::Seal.into(),
+        _ => return Err(Errno::Einval.into()),
+    })
+}
+
+/// Reads entries, up to the first that is wrong.
+pub(super) fn each_entry<T>(
+    entries: &[[u8; RANGE_SIZE]],
+    parse: impl Fn(&[u8; RANGE_SIZE]) -> Result<T, Errno>,
+) -> Result<Vec<T>, Refusal> {
+    let parse = |(entry, index)| {
+        parse(entry).map_err(|errno| Refusal {
+            errno,
+            index: Some(index),
+        })
+    };
+    entries.iter().zip(0..).map(parse).collect()
 }
 
 fn parse_entry(entry: &[u8; RANGE_SIZE], kind: u16, offered: Rights) -> Result<Protection, Errno> {
@@ -258,18 +321,25 @@ pub fn encode_response(response: Result<u64, Refusal>) -> [u8; RESPONSE_SIZE] {
     bytes
 }
 
-/// The answer to a query: of what holds, as many ranges as go into `room` bytes. Also returns how
+/// An entry of the answer to a `QUERY`.
+pub fn encode_range(Protection { range, attributes }: Protection) -> [u8; RANGE_SIZE] {
+    let mut bytes = [0; RANGE_SIZE];
+    put(&mut bytes, 0, &range.start().number().to_le_bytes());
+    put(&mut bytes, 8, &range.end().number().to_le_bytes());
+    put(&mut bytes, 16, &attributes.bits().to_le_bytes());
+    bytes
+}
+
+/// The answer to a query: of what holds, as many entries as go into `room` bytes. Also returns how
 /// many there are.
-pub fn encode_query(held: impl Iterator<Item = Protection>, room: u64) -> (Vec<u8>, u64) {
+pub fn encode_query(held: impl Iterator<Item = [u8; RANGE_SIZE]>, room: u64) -> (Vec<u8>, u64) {
     let most = room.saturating_sub(RESPONSE_SIZE as u64) / RANGE_SIZE as u64;
     let most = most.min(u64::from(MAX_REQUEST_RANGES));
     let mut bytes = vec![0; RESPONSE_SIZE];
     let mut found = 0;
-    for Protection { range, attributes } in held {
+    for entry in held {
         if found < most {
-            bytes.extend(range.start().number().to_le_bytes());
-            bytes.extend(range.end().number().to_le_bytes());
-            bytes.extend(attributes.bits().to_le_bytes());
+            bytes.extend(entry);
         }
         found += 1;
     }
@@ -295,11 +365,15 @@ pub fn encode_event(violation: &Violation, lost: u64) -> [u8; EVENT_SIZE] {
         Action::Refused(Policy::Shutdown) => 4,
         Action::Audit => 5,
     };
+    let (kind, target) = match violation.target {
+        Target::Memory(gpa) => (EVENT_VIOLATION, gpa),
+        Target::Msr(number) => (EVENT_MSR, number.into()),
+    };
     let mut bytes = [0; EVENT_SIZE];
-    put(&mut bytes, 0, &EVENT_VIOLATION.to_le_bytes());
+    put(&mut bytes, 0, &kind.to_le_bytes());
     put(&mut bytes, 2, &access.to_le_bytes());
     put(&mut bytes, 4, &source.to_le_bytes());
-    put(&mut bytes, 8, &violation.gpa.to_le_bytes());
+    put(&mut bytes, 8, &target.to_le_bytes());
     put(&mut bytes, 16, &violation.gva.to_le_bytes());
     put(&mut bytes, 24, &violation.rip.to_le_bytes());
     put(&mut bytes, 32, &violation.value.to_le_bytes());
@@ -329,6 +403,10 @@ pub struct Config {
     pub events_lost: u64,
     /// Chains that could not hold a response.
     pub malformed: u64,
+    /// Most disjoint ranges of MSRs that the guest's rules may speak of.
+    pub max_msr_ranges: u32,
+    /// How many they speak of.
+    pub msr_ranges_in_force: u32,
 }
 
 impl Config {
@@ -346,6 +424,8 @@ impl Config {
         put(&mut bytes, 48, &self.events_lost.to_le_bytes());
         put(&mut bytes, 56, &self.malformed.to_le_bytes());
         put(&mut bytes, 64, &self.rights.audit.bits().to_le_bytes());
+        put(&mut bytes, 72, &self.max_msr_ranges.to_le_bytes());
+        put(&mut bytes, 76, &self.msr_ranges_in_force.to_le_bytes());
         bytes
     }
 

@@ -11,6 +11,7 @@ const LIMITS: Limits = Limits {
     rights: Rights {
         deny: Deny::NOWRITE.union(Deny::NOREAD),
         audit: Deny::NOWRITE,
+        msrs: false,
     },
     max_request_ranges: 100,
 };
@@ -85,9 +86,11 @@ proptest! {
             Err(refusal) => prop_assert_eq!(parsed, Err(refusal)),
             Ok(()) => {
                 let read = match (kind, parsed.unwrap()) {
-                    (1, Request::Order(Order::Lock(list)))
-                    | (2, Request::Order(Order::Protect(list))) => list,
-                    (3, Request::Order(Order::Seal)) => vec![],
+                    (1, Request::Order { demand: Demand::Pages(Order::Lock(list)), .. })
+                    | (2, Request::Order { demand: Demand::Pages(Order::Protect(list)), .. }) => {
+                        list
+                    }
+                    (3, Request::Order { demand: Demand::Seal, .. }) => vec![],
                     (4, Request::Query(range)) => vec![Protection {
                         range,
                         attributes: Attributes::default(),
@@ -110,7 +113,8 @@ proptest! {
     #[test]
     fn no_bytes_make_the_parser_panic(
         bytes in prop::collection::vec(any::<u8>(), 0..200),
-        start in prop::option::of((1u8..5, 0u8..8)),
+        start in prop::option::of((1u8..10, 0u8..8)),
+        msrs in any::<bool>(),
         more in prop_oneof![3 => Just(0u64), 1 => any::<u32>().prop_map(u64::from)],
     ) {
         let mut bytes = bytes;
@@ -118,7 +122,9 @@ proptest! {
             bytes[..8].copy_from_slice(&[kind, 0, 0, 0, count, 0, 0, 0]);
         }
         let total = bytes.len() as u64 + more;
-        let parsed = parse_request(&bytes, total, LIMITS);
+        let mut limits = LIMITS;
+        limits.rights.msrs = msrs;
+        let parsed = parse_request(&bytes, total, limits);
         prop_assert!(parsed.is_err() || more == 0);
     }
 
@@ -137,7 +143,7 @@ proptest! {
             range: GfnRange::new(2 * i, 2 * i).unwrap(),
             attributes: Attributes::new(Deny::NOWRITE, Deny::NOREAD).locked(),
         });
-        let (bytes, found) = encode_query(held, room);
+        let (bytes, found) = encode_query(held.map(encode_range), room);
         prop_assert_eq!(found, ranges);
         prop_assert_eq!(bytes.len() as u64, 16 + 24 * ranges.min((room - 16) / 24));
         prop_assert_eq!(&bytes[8..16], &ranges.to_le_bytes());
@@ -166,6 +172,7 @@ fn the_count_is_what_the_type_takes() {
         (4, 101, Some(Errno::E2big)),
         (0, 0, Some(Errno::Eopnotsupp)),
         (5, 0, Some(Errno::Eopnotsupp)),
+        (8, 1, Some(Errno::Eopnotsupp)),
     ];
     for (kind, count, errno) in cases {
         let bytes = request([kind, 0, 0, 0, count, 0, 0, 0], &vec![entry; count.into()]);
@@ -186,6 +193,7 @@ fn features_are_what_the_host_can_do() {
         let rights = Rights {
             deny: Deny::from_bits_truncate(deny),
             audit: Deny::from_bits_truncate(audit),
+            msrs: false,
         };
         assert_eq!(rights.features(), features);
         assert_eq!(rights.negotiated(!0), rights);

@@ -8,7 +8,7 @@ use super::*;
 use crate::protect::msr::{Answer, Decisions, Rules, Table, Verdict};
 
 fn decisions(text: &str) -> Decisions {
-    Decisions::new(&parse(text).unwrap(), &Table::default())
+    Decisions::new(&parse(text).unwrap().0, &Table::default())
 }
 
 /// What the error for a file with these bytes says after its path.
@@ -59,26 +59,32 @@ fn every_kind_of_rule_does_what_it_says() {
     let decisions = decisions(text);
     for msr in [0xc000_0082, 0x10, 0x174, 0x175, 0x176, 17] {
         assert_eq!(decisions.read(msr), READ_FAULT);
-        assert_eq!(decisions.write(msr, 1, 1), READ_FAULT);
+        assert_eq!(decisions.write(msr, 1, 1, 1), READ_FAULT);
     }
     let answer = |verdict, report| Answer { verdict, report };
     assert_eq!(
-        decisions.write(0xc000_0080, 0xd01, 0x1d01),
+        decisions.write(0xc000_0080, 0xd01, 0xd01, 0x1d01),
         answer(Verdict::Allowed, true)
     );
     assert_eq!(
-        decisions.write(0xc000_0080, 0xd01, 0xd01),
+        decisions.write(0xc000_0080, 0xd01, 0xd01, 0xd01),
         answer(Verdict::Skip, true)
     );
-    assert_eq!(decisions.write(0xc000_0080, 0xd01, 0x501), READ_FAULT);
     assert_eq!(
-        decisions.write(0xc000_0081, 5, 5),
+        decisions.write(0xc000_0080, 0xd01, 0xd01, 0x501),
+        READ_FAULT
+    );
+    assert_eq!(
+        decisions.write(0xc000_0081, 5, 5, 5),
         answer(Verdict::Skip, false)
     );
-    assert_eq!(decisions.write(0xc000_0081, 5, 1 << 63), READ_FAULT);
+    assert_eq!(decisions.write(0xc000_0081, 5, 5, 1 << 63), READ_FAULT);
     let value = Verdict::Value(0xffff_ffff_0000_0000);
     assert_eq!(decisions.read(0x8b), answer(value, false));
-    assert_eq!(decisions.write(0x8b, 0, 0), answer(Verdict::Allowed, true));
+    assert_eq!(
+        decisions.write(0x8b, 0, 0, 0),
+        answer(Verdict::Allowed, true)
+    );
     assert_eq!(decisions.read(0x177), answer(Verdict::Allowed, false));
 }
 
@@ -91,13 +97,13 @@ fn what_is_not_listed_is_what_the_file_says() {
         "default = \"deny\"\n[[rule]]\nmsrs = [\"TSC\"]\naccess = \"read\"\naction = \"allow\"",
     );
     assert_eq!(deny.read(0x10).verdict, allowed);
-    assert_eq!(deny.write(0x10, 0, 0), READ_FAULT);
+    assert_eq!(deny.write(0x10, 0, 0, 0), READ_FAULT);
     for msr in [0, 0x7ff, 0x900, 0x4b56_4d00, u32::MAX] {
         assert_eq!(deny.read(msr), READ_FAULT);
     }
     // KVM would let these through all the same.
     assert_eq!(deny.read(0x830).verdict, allowed);
-    assert_eq!(deny.write(0x6e0, 0, 1).verdict, allowed);
+    assert_eq!(deny.write(0x6e0, 0, 0, 1).verdict, allowed);
 }
 
 #[test]
@@ -292,21 +298,24 @@ fn the_examples_are_good_and_fit() {
         if !(name.starts_with("msr-") && name.ends_with(".toml")) {
             continue;
         }
-        let policy = read(&path).unwrap_or_else(|e| panic!("{e}"));
+        let file = read(&path).unwrap_or_else(|e| panic!("{e}"));
         // With RAPL, QEMU needs five of KVM's sixteen ranges itself.
         let budget = crate::protect::msr::Budget {
-            filter_ranges: 11,
+            filter_ranges: Some(11),
             ranges: 0,
+            pins: 64,
         };
-        let (_, planned) = Rules::new(policy, budget).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let denied = |msr| planned.decisions.write(msr, 0, 0x1000).verdict == Verdict::Fault;
+        let (_, planned) =
+            Rules::new(file.policy().clone(), budget).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let denied = |msr| planned.decisions.write(msr, 0, 0, 0x1000).verdict == Verdict::Fault;
+        let default_deny = planned.filter.as_ref().unwrap().default_deny;
         let fault = denied(0x79) && denied(0xc001_0020) && !denied(0xc000_0102);
         let revision = planned.decisions.read(0x8b).verdict;
         match name {
             "msr-deny.toml" => {
-                assert!(fault && denied(0xc000_0080) && !planned.filter.default_deny)
+                assert!(fault && denied(0xc000_0080) && !default_deny)
             }
-            "msr-allow.toml" => assert!(fault && planned.filter.default_deny),
+            "msr-allow.toml" => assert!(fault && default_deny),
             "msr-emulate.toml" => assert_eq!(revision, Verdict::Value(0xffff_ffff_0000_0000)),
             _ => panic!("{name} is not tested"),
         }

@@ -7,6 +7,7 @@
 //! becomes a [`Change`], or nothing; whoever enforces carries the change out before the table
 //! takes it over.
 
+mod demand;
 mod deny;
 pub mod msr;
 mod plan;
@@ -14,6 +15,7 @@ mod range;
 mod spans;
 mod table;
 
+pub use demand::Demand;
 pub use deny::{Attributes, Deny, UnknownBits};
 pub use plan::{Change, Loosens, Order};
 pub use range::{Gfn, GfnRange, PAGE_SHIFT, RangeError};

@@ -216,7 +216,9 @@ fn ten_thousand_random_orders_come_out_as_page_by_page() {
                     ),
                     Step::Seal => {
                         model.seal();
-                        (carry_out(&mut table, &Order::Seal), Ok(()))
+                        table.apply(&table.seal());
+                        prop_assert!(table.iter().all(|held| held.attributes.is_immutable()));
+                        (Ok(()), Ok(()))
                     }
                     Step::Reset => {
                         (table, model) = Default::default();

@@ -22,8 +22,6 @@ pub enum Order {
     Lock(Vec<Protection>),
     /// Let these take the place of what holds. Where entries overlap the last one counts.
     Protect(Vec<Protection>),
-    /// What holds now is for good.
-    Seal,
 }
 
 impl Order {
@@ -31,7 +29,6 @@ impl Order {
     pub fn entries(&self) -> &[Protection] {
         match self {
             Self::Lock(entries) | Self::Protect(entries) => entries,
-            Self::Seal => &[],
         }
     }
 }
@@ -68,7 +65,6 @@ impl Change {
         match order {
             Order::Lock(entries) => Ok(Self::lock(table, entries)),
             Order::Protect(entries) => Self::protect(table, entries),
-            Order::Seal => Ok(Self::seal(table)),
         }
     }
 
@@ -102,7 +98,7 @@ impl Change {
         }
     }
 
-    fn seal(table: &Table) -> Self {
+    pub(super) fn seal(table: &Table) -> Self {
         let pieces = table
             .iter()
             .filter(|held| !held.attributes.is_immutable())

@@ -36,6 +36,11 @@ impl Table {
         Change::of(self, order)
     }
 
+    /// What it comes to that what holds now is for good. The table stays as it is.
+    pub fn seal(&self) -> Change {
+        Change::seal(self)
+    }
+
     /// Takes over a change that was planned on this table, as it is now.
     pub fn apply(&mut self, change: &Change) {
         for (span, attributes) in change.pieces() {

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use super::*;
-use crate::vm::enforcer::{Access, Action, Policy, Source, Violation};
+use crate::vm::enforcer::{Access, Action, Policy, Source, Target, Violation};
 
 fn seen(gpa: u64, times: u32) -> Seen {
     Seen {
@@ -15,7 +15,7 @@ fn seen(gpa: u64, times: u32) -> Seen {
         violation: Violation {
             access: Access::Write,
             source: Source::Vcpu(3),
-            gpa,
+            target: Target::Memory(gpa),
             gva: Violation::UNKNOWN,
             rip: 0xffff_ffff_8100_0000,
             value: 0xab,

@@ -6,13 +6,15 @@
 //! changes nothing.
 
 pub mod events_file;
+mod msr_rules;
 pub mod status;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::protect::{Deny, Protection, Table};
-use crate::vm::enforcer::{Violation, VmInfo};
+use crate::protect::{Deny, Protection, Table, msr};
+use crate::vm::enforcer::{Target, Violation, VmInfo};
+pub use msr_rules::MsrRule;
 
 /// Says which [`Status`] a document is. Fields may be added to one; anything else changes it.
 pub const FORMAT: u32 = 1;
@@ -41,8 +43,12 @@ pub struct Snapshot {
     pub connected: bool,
     /// What is known of the VM.
     pub vm: Option<VmInfo>,
-    /// What is in force.
-    pub table: Table,
+    /// What is in force, on which page.
+    pub pages: Table,
+    /// The guest's rules for MSRs.
+    pub msrs: msr::Table,
+    /// The host's, if it has any.
+    pub host: Option<msr::Policy>,
     /// What was counted.
     pub counters: Counters,
     /// The last violations, oldest first.
@@ -87,6 +93,13 @@ pub struct Status {
     pub limits: Limits,
     /// What is in force, in ascending order.
     pub ranges: Vec<Range>,
+    /// What the host's rules say of MSRs that they do not list: "allow" or "deny"; null if the
+    /// host has none.
+    #[serde(default)]
+    pub msr_default: Option<String>,
+    /// Rules for MSRs: the guest's, and then the host's.
+    #[serde(default)]
+    pub msr_rules: Vec<MsrRule>,
     /// What was counted.
     pub counters: Counters,
     /// The last violations, oldest first.
@@ -100,6 +113,13 @@ pub struct Limits {
     pub max_ranges: u32,
     /// Most entries in one request.
     pub max_request_ranges: u32,
+    /// Most disjoint ranges of MSRs that the guest's rules may speak of; 0 where there can be no
+    /// rules for MSRs.
+    #[serde(default)]
+    pub max_msr_ranges: u32,
+    /// Most MSRs pinned at once, by the host and the guest together.
+    #[serde(default)]
+    pub max_msr_pins: u32,
 }
 
 /// A range in force.
@@ -130,15 +150,19 @@ pub struct Event {
     pub access: String,
     /// "vcpu" and its number, or "device".
     pub source: String,
-    /// Guest-physical address.
-    pub gpa: String,
+    /// Guest-physical address, if it was to memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpa: Option<String>,
+    /// Number of the MSR, if it was to one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub msr: Option<String>,
     /// Linear address; null when not known.
     pub gva: Option<String>,
     /// Instruction pointer; null when not known.
     pub rip: Option<String>,
     /// Bytes; null when not known.
     pub size: Option<u32>,
-    /// What was to be written; null when not known.
+    /// What was to be written, or what a read of an MSR gave; null when not known.
     pub value: Option<String>,
     /// How often it was seen since it was last told.
     pub times: u32,
@@ -153,13 +177,18 @@ impl From<&Seen> for Event {
         let hex = |number: u64| format!("{number:#x}");
         let known = |address: u64| (address != Violation::UNKNOWN).then(|| hex(address));
         let violation = &seen.violation;
+        let (gpa, msr) = match violation.target {
+            Target::Memory(gpa) => (Some(hex(gpa)), None),
+            Target::Msr(number) => (None, Some(hex(number.into()))),
+        };
         let size = (violation.size != 0).then_some(violation.size);
         Self {
             time: format!("{:.6}", seen.time),
             generation: seen.generation,
             access: violation.access.to_string(),
             source: violation.source.to_string(),
-            gpa: hex(violation.gpa),
+            gpa,
+            msr,
             gva: known(violation.gva),
             rip: known(violation.rip),
             size,
@@ -173,7 +202,7 @@ impl From<&Seen> for Event {
 
 impl From<&Snapshot> for Status {
     fn from(snapshot: &Snapshot) -> Self {
-        let vm = snapshot.vm.as_ref();
+        let (vm, host) = (snapshot.vm.as_ref(), snapshot.host.as_ref());
         Self {
             format: FORMAT,
             companion: env!("CARGO_PKG_VERSION").into(),
@@ -186,8 +215,12 @@ impl From<&Snapshot> for Status {
             limits: vm.map_or_else(Limits::default, |vm| Limits {
                 max_ranges: vm.max_ranges,
                 max_request_ranges: vm.max_request_ranges,
+                max_msr_ranges: vm.msrs.max_ranges,
+                max_msr_pins: vm.msrs.max_pins,
             }),
-            ranges: snapshot.table.iter().map(Range::from).collect(),
+            ranges: snapshot.pages.iter().map(Range::from).collect(),
+            msr_default: host.map(|policy| policy.unlisted().to_string()),
+            msr_rules: msr_rules::of(&snapshot.msrs, host),
             counters: snapshot.counters,
             violations: snapshot.violations.iter().map(Event::from).collect(),
         }

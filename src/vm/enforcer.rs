@@ -8,15 +8,16 @@
 
 use std::fmt;
 
-use crate::protect::{Deny, Order, Table};
+use crate::protect::msr::{self, Policy as HostPolicy};
+use crate::protect::{Demand, Deny, Table};
 
 /// Takes requests to the owner of the VM. All methods hand over and return at once.
 pub trait Enforcer: Send + Sync {
-    /// Asks that `order` be carried out, whole or not at all. It was planned on the table that the
-    /// owner of the VM was last heard of to have, and found not to loosen what is immutable; the
-    /// owner holds it against the table that it does have. Exactly one [`VmEvents::result`] with
-    /// this `seq` follows, unless the connection ends first. Not called again before that.
-    fn carry_out(&self, seq: u64, generation: u64, order: &Order);
+    /// Asks that `demand` be carried out, whole or not at all. It was planned on what the owner of
+    /// the VM was last heard of to have in force, and found not to loosen what is immutable; the
+    /// owner holds it against what is in force. Exactly one [`VmEvents::result`] with this `seq`
+    /// follows, unless the connection ends first. Not called again before that.
+    fn carry_out(&self, seq: u64, generation: u64, demand: &Demand);
 
     /// Asks for everything that is in force; [`VmEvents::state`] with this `seq` follows. Not
     /// called again before that.
@@ -38,7 +39,7 @@ pub trait VmEvents: Send + Sync {
     /// # Errors
     ///
     /// [`Unexpected`] if nobody asked for it.
-    fn state(&self, seq: u64, generation: u64, table: Table) -> Result<(), Unexpected>;
+    fn state(&self, seq: u64, generation: u64, state: InForce) -> Result<(), Unexpected>;
 
     /// The answer to the request with this `seq`.
     ///
@@ -47,10 +48,14 @@ pub trait VmEvents: Send + Sync {
     /// [`Unexpected`] if no such request is under way.
     fn result(&self, seq: u64, outcome: Outcome) -> Result<(), Unexpected>;
 
+    /// What the owner of the VM says to the host's rules for MSRs that this process was started
+    /// with, once on each connection. There is no call if it was started without.
+    fn host_policy(&self, outcome: HostPolicyOutcome);
+
     /// The guest was refused an access, or was seen to make one that is watched.
     fn violation(&self, violation: Violation);
 
-    /// The VM was reset: nothing is in force any more.
+    /// The VM was reset: nothing is in force any more but the host's rules for MSRs.
     fn reset(&self, generation: u64);
 
     /// What had been said before the call of [`Enforcer::catch_up`] with this `seq` was handed over.
@@ -106,6 +111,46 @@ pub struct VmInfo {
     pub max_ranges: u32,
     /// Most ranges in one request; at least 1.
     pub max_request_ranges: u32,
+    /// What it can do about MSRs.
+    pub msrs: MsrInfo,
+}
+
+/// What the owner of a VM says of its MSRs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsrInfo {
+    /// Most disjoint ranges that the guest's rules may speak of; 0 where none can be enforced.
+    pub max_ranges: u32,
+    /// Most MSRs that can be pinned at once, by the host and the guest together.
+    pub max_pins: u32,
+    /// Ranges that are left of the accelerator's filter, if it has such a limit.
+    pub filter_ranges: Option<u32>,
+}
+
+/// What is in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InForce {
+    /// On which page.
+    pub pages: Table,
+    /// On which MSR, by the guest's rules.
+    pub msrs: msr::Table,
+    /// The host's rules, if there are any.
+    pub host: Option<HostPolicy>,
+}
+
+/// What the owner of a VM says to the host's rules for MSRs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostPolicyOutcome {
+    /// They are in force.
+    InForce,
+    /// The VM has others, for good.
+    Others,
+    /// They cannot be enforced.
+    Refused {
+        /// A Linux errno.
+        status: u32,
+        /// The first rule that cannot be, where one is.
+        index: Option<u32>,
+    },
 }
 
 /// How a request ended.
@@ -119,6 +164,8 @@ pub struct Outcome {
     pub generation: u64,
     /// Disjoint ranges in force after it.
     pub ranges_in_force: u32,
+    /// Disjoint ranges of MSRs that the guest's rules speak of after it.
+    pub msr_ranges_in_force: u32,
 }
 
 /// What is done about a denied access.
@@ -202,6 +249,24 @@ impl fmt::Display for Source {
     }
 }
 
+/// What an access was to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Memory at this guest-physical address.
+    Memory(u64),
+    /// The MSR with this number.
+    Msr(u32),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory(gpa) => write!(f, "gpa={gpa:#x}"),
+            Self::Msr(number) => write!(f, "msr={number:#x}"),
+        }
+    }
+}
+
 /// An access that was refused, or seen because it is watched. The fields are those of the event
 /// in the device's specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,8 +275,8 @@ pub struct Violation {
     pub access: Access,
     /// Who made it.
     pub source: Source,
-    /// Guest-physical address of the access.
-    pub gpa: u64,
+    /// What it was to.
+    pub target: Target,
     /// Linear address, or [`Violation::UNKNOWN`].
     pub gva: u64,
     /// Instruction pointer, or [`Violation::UNKNOWN`].
@@ -234,8 +299,8 @@ impl Violation {
 
     /// Whether it counts as the same thing seen again.
     pub fn is_same(&self, other: &Self) -> bool {
-        (self.gpa, self.access, self.source, self.action)
-            == (other.gpa, other.access, other.source, other.action)
+        (self.target, self.access, self.source, self.action)
+            == (other.target, other.access, other.source, other.action)
     }
 }
 
@@ -245,8 +310,13 @@ impl fmt::Display for Violation {
             Action::Refused(_) => "refused",
             Action::Audit => "watched",
         };
-        let Self { access, source, .. } = self;
-        write!(f, "{what} {access} by {source} at gpa={:#x}", self.gpa)?;
+        let Self {
+            access,
+            source,
+            target,
+            ..
+        } = self;
+        write!(f, "{what} {access} by {source} at {target}")?;
         for (name, address) in [("gva", self.gva), ("rip", self.rip)] {
             if address != Self::UNKNOWN {
                 write!(f, " {name}={address:#x}")?;

@@ -19,6 +19,7 @@ pub const F_NOWRITE: u64 = 1;
 pub const F_AUDIT: u64 = 1 << 4;
 /// Bits 0 to 4.
 pub const F_ALL: u64 = 0x1f;
+pub const F_MSR: u64 = 1 << 5;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
 pub struct FrontEnd {
@@ -113,7 +114,7 @@ impl FrontEnd {
     }
 
     pub fn config(&mut self) -> Config {
-        Config(self.config_bytes(0, 72))
+        Config(self.config_bytes(0, 80))
     }
 
     pub fn config_bytes(&mut self, offset: u32, size: u32) -> Vec<u8> {
@@ -182,5 +183,11 @@ impl Config {
     }
     pub fn audit_bits(&self) -> u64 {
         self.field(64, 8)
+    }
+    pub fn max_msr_ranges(&self) -> u64 {
+        self.field(72, 4)
+    }
+    pub fn msr_ranges_in_force(&self) -> u64 {
+        self.field(76, 4)
     }
 }

@@ -22,6 +22,10 @@ pub const LOCK: u16 = 1;
 pub const PROTECT: u16 = 2;
 pub const SEAL: u16 = 3;
 pub const QUERY: u16 = 4;
+pub const MSR_LOCK: u16 = 5;
+pub const MSR_PROTECT: u16 = 6;
+pub const MSR_BITMAP: u16 = 7;
+pub const MSR_QUERY: u16 = 8;
 
 pub struct Guest {
     pub memory: GuestMemoryMmap,

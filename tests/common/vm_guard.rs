@@ -13,14 +13,25 @@ pub const STATE: u16 = 2;
 pub const RESULT: u16 = 3;
 pub const VIOLATION: u16 = 4;
 pub const RESET: u16 = 5;
+pub const MSR_STATE: u16 = 6;
+
+/// The host has no policy, in HELLO.
+pub const NO_POLICY: u32 = u32::MAX;
 
 pub type Range = (u64, u64, u64);
+
+/// First and last MSR, access, action, flags, operand.
+pub type Rule = (u32, u32, u16, u16, u32, u64);
 
 pub struct VmGuard {
     pub stream: UnixStream,
     pub generation: u64,
     /// Disjoint ranges that it says are in force.
     pub in_force: u32,
+    /// The same of MSRs.
+    pub msrs_in_force: u32,
+    /// The MSR_POLICY that came after HELLO: `seq`, payload.
+    pub policy: Option<(u64, Vec<u8>)>,
 }
 
 #[derive(Debug)]
@@ -45,7 +56,7 @@ pub fn hello_payload(deny: u64, generation: u64) -> Vec<u8> {
 
 pub fn hello_with(deny: u64, audit: u64, generation: u64) -> Vec<u8> {
     let mut bytes = b"VGRD".to_vec();
-    for field in [2u32, 2, 12] {
+    for field in [3u32, 2, 12] {
         bytes.extend(field.to_le_bytes());
     }
     bytes.extend(deny.to_le_bytes());
@@ -54,7 +65,68 @@ pub fn hello_with(deny: u64, audit: u64, generation: u64) -> Vec<u8> {
         bytes.extend(field.to_le_bytes());
     }
     bytes.extend(audit.to_le_bytes());
+    for field in [0, u32::MAX, 64, NO_POLICY] {
+        bytes.extend(field.to_le_bytes());
+    }
     bytes
+}
+
+/// A VM that can do everything, and can have so many ranges of MSRs.
+pub fn hello_msrs(max_ranges: u32, filter_ranges: u32, default: u32) -> Vec<u8> {
+    let mut bytes = hello_with(0xf, 0xf, 1);
+    bytes.truncate(56);
+    for field in [max_ranges, filter_ranges, 64, default] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes
+}
+
+pub fn rule_bytes(&(first, last, access, action, flags, operand): &Rule) -> Vec<u8> {
+    let mut bytes = first.to_le_bytes().to_vec();
+    bytes.extend(last.to_le_bytes());
+    bytes.extend(access.to_le_bytes());
+    bytes.extend(action.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes.extend(operand.to_le_bytes());
+    bytes
+}
+
+pub fn read_rules(bytes: &[u8]) -> Vec<Rule> {
+    assert!(bytes.len().is_multiple_of(24), "{bytes:x?}");
+    let rules = bytes.chunks(24).map(|bytes| {
+        let field = |at: usize, n: usize| {
+            let bytes = bytes[at..at + n].iter().rev();
+            bytes.fold(0u64, |v, &b| v << 8 | u64::from(b))
+        };
+        let (first, last) = (field(0, 4) as u32, field(4, 4) as u32);
+        let (access, action) = (field(8, 2) as u16, field(10, 2) as u16);
+        (
+            first,
+            last,
+            access,
+            action,
+            field(12, 4) as u32,
+            field(16, 8),
+        )
+    });
+    rules.collect()
+}
+
+pub fn msr_state_payload(generation: u64, guest: &[Rule], host: &[Rule]) -> Vec<u8> {
+    let mut bytes = generation.to_le_bytes().to_vec();
+    bytes.extend((guest.len() as u32).to_le_bytes());
+    bytes.extend((host.len() as u32).to_le_bytes());
+    bytes.extend(guest.iter().chain(host).flat_map(rule_bytes));
+    bytes
+}
+
+/// MSR_STATE with no rules, and STATE.
+pub fn states(seq: u64, generation: u64, ranges: &[Range]) -> Vec<u8> {
+    [
+        message(MSR_STATE, seq, &msr_state_payload(generation, &[], &[])),
+        message(STATE, seq, &state_payload(generation, ranges)),
+    ]
+    .concat()
 }
 
 pub fn state_payload(generation: u64, ranges: &[Range]) -> Vec<u8> {
@@ -111,28 +183,76 @@ impl VmGuard {
         let generation = u64::from_le_bytes(hello[24..32].try_into().unwrap());
         vm_guard.generation = generation;
         vm_guard.send(HELLO, 0, hello);
-        vm_guard.send(STATE, 0, &state_payload(generation, ranges));
+        vm_guard.send_states(0, generation, ranges);
         vm_guard.in_force = ranges.len() as u32;
         companion.wait_for_log_lines("QEMU connected:", greeted + 1);
         vm_guard
     }
 
-    /// Connects, takes the companion's HELLO, and says nothing.
+    /// Connects as a VM with rules for MSRs: those of the guest and those of the host.
+    pub fn connect_msrs(
+        companion: &Companion,
+        hello: &[u8],
+        guest: &[Rule],
+        host: &[Rule],
+    ) -> Self {
+        let greeted = companion.log_lines("QEMU connected:");
+        let mut vm_guard = Self::connect_silently(companion);
+        vm_guard.send(HELLO, 0, hello);
+        vm_guard.msrs_in_force = guest.len() as u32;
+        vm_guard.send(MSR_STATE, 0, &msr_state_payload(1, guest, host));
+        vm_guard.send(STATE, 0, &state_payload(1, &[]));
+        companion.wait_for_log_lines("QEMU connected:", greeted + 1);
+        vm_guard
+    }
+
+    pub fn on(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            generation: 1,
+            in_force: 0,
+            msrs_in_force: 0,
+            policy: None,
+        }
+    }
+
+    /// Connects, takes the companion's HELLO and MSR_POLICY, and says nothing.
     pub fn connect_silently(companion: &Companion) -> Self {
         // A connection that replaces one that was just closed may come too early.
         wait_for("HELLO of the companion", || {
             let stream = companion.connect_control();
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
-            let mut vm_guard = Self {
-                stream,
-                generation: 1,
-                in_force: 0,
-            };
+            let mut vm_guard = Self::on(stream);
             let (kind, seq, payload) = vm_guard.try_receive()?;
             assert_eq!((kind, seq), (0x101, 0));
-            assert_eq!(payload, *b"VGRD\x02\0\0\0");
+            assert_eq!(payload[..8], *b"VGRD\x03\0\0\0");
+            assert_eq!((payload.len(), &payload[9..]), (16, &[0; 7][..]));
+            if payload[8] == 1 {
+                let (kind, seq, payload) = vm_guard.try_receive()?;
+                assert_eq!(kind, 0x105, "MSR_POLICY");
+                vm_guard.policy = Some((seq, payload));
+            } else {
+                assert_eq!(payload[8], 0);
+            }
             Some(vm_guard)
         })
+    }
+
+    /// Sends a MSR_STATE without rules and a STATE.
+    pub fn send_states(&mut self, seq: u64, generation: u64, ranges: &[Range]) {
+        let bytes = states(seq, generation, ranges);
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    /// `seq`, generation and rules of a MSR_RULES.
+    pub fn msr_rules(&mut self) -> (u64, u64, Vec<Rule>) {
+        let (kind, seq, payload) = self.try_receive().expect("MSR_RULES, not the end");
+        assert_eq!(kind, 0x106, "MSR_RULES");
+        let rules = read_rules(&payload[16..]);
+        let head = [rules.len() as u32, 0].map(u32::to_le_bytes);
+        assert_eq!(payload[8..16], *head.as_flattened());
+        let generation = u64::from_le_bytes(payload[..8].try_into().unwrap());
+        (seq, generation, rules)
     }
 
     pub fn send(&mut self, kind: u16, seq: u64, payload: &[u8]) {
@@ -210,7 +330,7 @@ impl VmGuard {
         payload.extend(index.to_le_bytes());
         payload.extend(self.generation.to_le_bytes());
         payload.extend(self.in_force.to_le_bytes());
-        payload.extend([0; 4]);
+        payload.extend(self.msrs_in_force.to_le_bytes());
         self.send(RESULT, seq, &payload);
     }
 
@@ -229,7 +349,7 @@ impl VmGuard {
 
     pub fn reset(&mut self) {
         self.generation += 1;
-        self.in_force = 0;
+        (self.in_force, self.msrs_in_force) = (0, 0);
         let generation = self.generation.to_le_bytes();
         self.send(RESET, 0, &generation);
     }

@@ -12,7 +12,13 @@ use super::{Access, Action, END, MsrRange, Rule, RuleError, X2APIC};
 /// Most bitmaps that are looked at together: what a KVM filter has.
 pub const MAX_BITMAPS: usize = 16;
 
-/// Most bytes of one: `KVM_MSR_ALLOWLIST_MAX_LEN`.
+/// Most rules that bitmaps may stand for together: as many as a request can have.
+pub const MAX_BITMAP_RULES: usize = 4096;
+
+/// Most bytes of one with its header.
+pub const MAX_BITMAP_SIZE: usize = HEADER + MAX_LEN;
+
+/// Most bytes of its bits: `KVM_MSR_ALLOWLIST_MAX_LEN`.
 const MAX_LEN: usize = 0x600;
 
 /// `struct kvm_msr_allowlist` without its bitmap.
@@ -21,9 +27,6 @@ const HEADER: usize = 16;
 /// Why bytes are not a bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BitmapError {
-    /// More than [`MAX_BITMAPS`].
-    #[error("more than 16 bitmaps")]
-    TooMany,
     /// The bytes end too early.
     #[error("the bytes end inside the bitmap")]
     Short,
@@ -45,33 +48,48 @@ pub enum BitmapError {
     /// A bit that denies what KVM does not filter.
     #[error("the bit of MSR {0:#x} must be set: KVM does not filter it")]
     Unfiltered(u32),
+    /// More than [`MAX_BITMAP_RULES`], with those of the bitmaps before it.
+    #[error("the bitmaps stand for more than 4096 rules")]
+    Rules,
 }
 
-/// The bitmap that is wrong, and why.
+/// Why bytes are not bitmaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("bitmap {index}: {error}")]
-pub struct BitmapRefused {
-    /// The first that is.
-    pub index: usize,
-    /// Why.
-    pub error: BitmapError,
+pub enum BitmapsRefused {
+    /// More than [`MAX_BITMAPS`].
+    #[error("more than 16 bitmaps")]
+    TooMany,
+    /// One is wrong.
+    #[error("bitmap {index}: {error}")]
+    Bitmap {
+        /// The first that is.
+        index: usize,
+        /// Why.
+        error: BitmapError,
+    },
+    /// The bytes go on behind the last.
+    #[error("{0} bytes behind the last bitmap")]
+    Behind(usize),
 }
 
-/// The rules that the bitmaps in `bytes`, one after the other, come to: each access whose bit is
-/// set is allowed, each whose bit is not is denied. Of MSRs without a bit no rule speaks.
+/// The rules that the `count` bitmaps in `bytes`, one after the other, come to, each with the
+/// number of its bitmap: each access whose bit is set is allowed, each whose bit is not is denied.
+/// Of MSRs without a bit no rule speaks.
 ///
 /// # Errors
 ///
 /// The first bitmap that is wrong, for the first reason in the order of `docs/msr.md`.
-pub fn rules_of_bitmaps(mut bytes: &[u8]) -> Result<Vec<Rule>, BitmapRefused> {
+pub fn rules_of_bitmaps(
+    mut bytes: &[u8],
+    count: usize,
+) -> Result<Vec<(usize, Rule)>, BitmapsRefused> {
+    if count > MAX_BITMAPS {
+        return Err(BitmapsRefused::TooMany);
+    }
     let mut rules = Vec::new();
     let (mut reads, mut writes) = (RangeMap::new(), RangeMap::new());
-    let mut index = 0;
-    while !bytes.is_empty() {
-        let refused = |error| BitmapRefused { index, error };
-        if index == MAX_BITMAPS {
-            return Err(refused(BitmapError::TooMany));
-        }
+    for index in 0..count {
+        let refused = |error| BitmapsRefused::Bitmap { index, error };
         let (bitmap, rest) = Bitmap::parse(bytes).map_err(refused)?;
         let span = bitmap.base.into()..u64::from(bitmap.base) + u64::from(bitmap.nmsrs);
         for (access, seen) in [(Access::READ, &mut reads), (Access::WRITE, &mut writes)] {
@@ -82,9 +100,16 @@ pub fn rules_of_bitmaps(mut bytes: &[u8]) -> Result<Vec<Rule>, BitmapRefused> {
                 seen.insert(span.clone(), ());
             }
         }
-        bitmap.rules(&mut rules).map_err(refused)?;
+        let mut stands_for = Vec::new();
+        bitmap.rules(&mut stands_for).map_err(refused)?;
+        if rules.len() + stands_for.len() > MAX_BITMAP_RULES {
+            return Err(refused(BitmapError::Rules));
+        }
+        rules.extend(stands_for.into_iter().map(|rule| (index, rule)));
         bytes = rest;
-        index += 1;
+    }
+    if !bytes.is_empty() {
+        return Err(BitmapsRefused::Behind(bytes.len()));
     }
     Ok(rules)
 }
@@ -172,20 +197,22 @@ mod tests {
         [header.as_flattened(), bits].concat()
     }
 
-    fn error(bytes: &[u8]) -> (usize, BitmapError) {
-        let refused = rules_of_bitmaps(bytes).unwrap_err();
-        (refused.index, refused.error)
+    fn error(bytes: &[u8], count: usize) -> (usize, BitmapError) {
+        match rules_of_bitmaps(bytes, count).unwrap_err() {
+            BitmapsRefused::Bitmap { index, error } => (index, error),
+            other => panic!("{other}"),
+        }
     }
 
     #[test]
     fn bits_become_runs_of_rules() {
         // Bits beyond nmsrs mean nothing.
         let bytes = bitmap(1, 10, 0x170, 0, &[0x0f, 0xfc, 0, 0, 0, 0, 0, 0xff]);
-        let rules: Vec<_> = rules_of_bitmaps(&bytes)
+        let rules: Vec<_> = rules_of_bitmaps(&bytes, 1)
             .unwrap()
             .iter()
-            .map(|rule| {
-                assert_eq!(rule.write(), None);
+            .map(|(bitmap, rule)| {
+                assert_eq!((*bitmap, rule.write()), (0, None));
                 (rule.range().first(), rule.range().last(), rule.read())
             })
             .collect();
@@ -194,16 +221,19 @@ mod tests {
             (0x174, 0x179, Some(OnRead::Deny)),
         ];
         assert_eq!(rules, expected);
-        assert_eq!(rules_of_bitmaps(&[]), Ok(vec![]));
+        assert_eq!(rules_of_bitmaps(&[], 0), Ok(vec![]));
+        let two = [bytes, bitmap(2, 1, 9, 0, &[0; 8])].concat();
+        let numbers: Vec<_> = rules_of_bitmaps(&two, 2).unwrap();
+        assert_eq!(numbers.iter().map(|n| n.0).collect::<Vec<_>>(), [0, 0, 1]);
     }
 
     #[test]
     fn what_kvm_does_not_filter_must_be_allowed() {
         let all = bitmap(3, 0x3000, 0, 0, &[0xff; 0x600]);
-        let ranges: Vec<_> = rules_of_bitmaps(&all)
+        let ranges: Vec<_> = rules_of_bitmaps(&all, 1)
             .unwrap()
             .iter()
-            .map(|rule| (rule.range().first(), rule.range().last()))
+            .map(|(_, rule)| (rule.range().first(), rule.range().last()))
             .collect();
         assert_eq!(ranges, [(0, 0x7ff), (0x900, 0x2fff)]);
         for (msr, flags, refused) in [
@@ -218,8 +248,11 @@ mod tests {
             let mut bytes = all.clone();
             bytes[0] = flags;
             bytes[HEADER + msr / 8] &= !(1 << (msr % 8));
-            let expected = BitmapError::Unfiltered(msr as u32);
-            let got = rules_of_bitmaps(&bytes).map_err(|refused| refused.error);
+            let expected = BitmapsRefused::Bitmap {
+                index: 0,
+                error: BitmapError::Unfiltered(msr as u32),
+            };
+            let got = rules_of_bitmaps(&bytes, 1);
             assert_eq!(got.err(), refused.then_some(expected), "{msr:#x}");
         }
     }
@@ -257,19 +290,34 @@ mod tests {
                 1,
                 BitmapError::Overlap,
             ),
-            (
-                (0..17).flat_map(|i| other(64 * i)).collect(),
-                16,
-                BitmapError::TooMany,
-            ),
+            (good.clone(), 1, BitmapError::Short),
         ] {
-            assert_eq!(error(&bytes), (index, reason));
+            assert_eq!(error(&bytes, index + 1), (index, reason));
         }
+        let many: Vec<u8> = (0..17).flat_map(|i| other(64 * i)).collect();
+        assert_eq!(rules_of_bitmaps(&many, 17), Err(BitmapsRefused::TooMany));
+        let sixteen = &many[..16 * good.len()];
+        assert_eq!(rules_of_bitmaps(sixteen, 16).unwrap().len(), 16);
+        let behind = BitmapsRefused::Behind(good.len());
+        assert_eq!(rules_of_bitmaps(&many, 16), Err(behind));
         // The same MSRs, another access.
         let mut apart = [good.clone(), good].concat();
         apart[0] = 1;
         apart[24] = 2;
-        assert!(rules_of_bitmaps(&apart).is_ok());
-        assert!(rules_of_bitmaps(&bitmap(1, 1, u32::MAX, 0, &[0; 8])).is_ok());
+        assert!(rules_of_bitmaps(&apart, 2).is_ok());
+        assert!(rules_of_bitmaps(&bitmap(1, 1, u32::MAX, 0, &[0; 8]), 1).is_ok());
+    }
+
+    #[test]
+    fn more_rules_than_a_request_has_are_refused() {
+        let stripes = |base, nmsrs: u32| bitmap(1, nmsrs, base, 0, &vec![0x55; nmsrs as usize / 8]);
+        let full = stripes(0xc000_0000, 4096);
+        assert_eq!(rules_of_bitmaps(&full, 1).unwrap().len(), MAX_BITMAP_RULES);
+        let one_more = [full, bitmap(2, 1, 0, 0, &[0; 8])].concat();
+        assert_eq!(error(&one_more, 2), (1, BitmapError::Rules));
+        assert_eq!(
+            error(&stripes(0xc000_0000, 12288), 1),
+            (0, BitmapError::Rules)
+        );
     }
 }

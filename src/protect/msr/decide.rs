@@ -86,10 +86,16 @@ impl Decisions {
         }
     }
 
-    /// What becomes of a write of `value` to `msr`, which holds `now` on the vCPU that writes.
-    pub fn write(&self, msr: u32, now: u64, value: u64) -> Answer {
+    /// What becomes of a write of `value` to `msr`, which holds `now` on the vCPU that writes, and
+    /// held `kept` when it became pinned.
+    pub fn write(&self, msr: u32, now: u64, kept: u64, value: u64) -> Answer {
         match self.writes.get(&msr.into()).copied().unwrap_or_default() {
-            OnWrite::Pass { pinned, .. } if (now ^ value) & pinned != 0 => Answer::FAULT,
+            // The bits of one or of the other, not some of each.
+            OnWrite::Pass { pinned, .. }
+                if (now ^ value) & pinned != 0 && (kept ^ value) & pinned != 0 =>
+            {
+                Answer::FAULT
+            }
             OnWrite::Pass { pinned, log } => Answer {
                 verdict: if pinned != 0 && now == value {
                     Verdict::Skip
@@ -115,6 +121,15 @@ impl Decisions {
         self.writes
             .iter()
             .map(|(span, &on)| (MsrRange::of_span(span), on))
+    }
+
+    /// How many MSRs are pinned: for each of them, what it held is kept on each vCPU.
+    pub fn pins(&self) -> u64 {
+        self.writes
+            .iter()
+            .filter(|(_, on)| matches!(on, OnWrite::Pass { pinned: 1.., .. }))
+            .map(|(span, _)| span.end - span.start)
+            .sum()
     }
 
     /// Which MSRs give a constant when they are read and that is not denied.

@@ -21,13 +21,15 @@ mod rules;
 mod table;
 
 pub use action::{OnRead, OnWrite};
-pub use bitmap::{BitmapError, BitmapRefused, MAX_BITMAPS, rules_of_bitmaps};
+pub use bitmap::{
+    BitmapError, BitmapsRefused, MAX_BITMAP_RULES, MAX_BITMAP_SIZE, MAX_BITMAPS, rules_of_bitmaps,
+};
 pub use decide::{Answer, Decisions, Verdict};
 pub use filter::{Filter, FilterFull, FilterRange, MAX_FILTER_MSRS, MAX_FILTER_RANGES};
 pub use policy::{HostRule, Overlap, Policy, Unlisted};
 pub use range::{Access, MsrRange, MsrRangeError, TSC_DEADLINE, X2APIC};
 pub use rule::{Action, Rule, RuleError};
-pub use rules::{Budget, Planned, Refused, Rules};
+pub use rules::{Budget, MAX_PINS, NoRoom, Planned, Refused, Rules};
 pub use table::{Change, Held, Loosens, Order, Table};
 
 /// One more than the highest MSR number.

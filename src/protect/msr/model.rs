@@ -106,11 +106,17 @@ impl Cell1 {
         !self.denied && !self.log && self.pinned == 0 && self.constant.is_none()
     }
 
-    fn answer(self, write: Option<(u64, u64)>) -> Answer {
+    /// A write is what the MSR holds, what was kept of it, and what is to be written.
+    fn answer(self, write: Option<(u64, u64, u64)>) -> Answer {
+        let good = |(now, kept, value): (u64, u64, u64)| {
+            [now, kept]
+                .map(|n| n & self.pinned)
+                .contains(&(value & self.pinned))
+        };
         let verdict = match (self, write) {
             (Self { denied: true, .. }, _) => Verdict::Fault,
-            (_, Some((now, value))) if now & self.pinned != value & self.pinned => Verdict::Fault,
-            (_, Some((now, value))) if self.pinned != 0 && now == value => Verdict::Skip,
+            (_, Some(write)) if !good(write) => Verdict::Fault,
+            (_, Some((now, _, value))) if self.pinned != 0 && now == value => Verdict::Skip,
             (Self { constant, .. }, None) => constant.map_or(Verdict::Allowed, Verdict::Value),
             _ => Verdict::Allowed,
         };
@@ -370,23 +376,25 @@ fn check(unlisted: Unlisted, host: &[Plain], guest: &[Plain]) -> Result<bool, Te
     };
 
     let budget = Budget {
-        filter_ranges: 11,
+        filter_ranges: Some(11),
         ranges: usize::MAX,
+        pins: u64::MAX,
     };
     let Ok((mut all, _)) = Rules::new(policy, budget) else {
         return Ok(false);
     };
     let planned = match all.plan(&Order::Lock(rules(guest))) {
         Ok(planned) => planned,
-        Err(Refused::Filter(_)) => return Ok(false),
+        Err(Refused::NoRoom(NoRoom::Filter(_))) => return Ok(false),
         Err(other) => panic!("{other}"),
     };
-    all.apply(planned.clone());
+    all.apply(planned.table.clone());
     prop_assert_eq!(all.table(), &planned.table);
-    let (filter, decisions) = (&planned.filter, &planned.decisions);
+    let (filter, decisions) = (planned.filter.as_ref().unwrap(), &planned.decisions);
     prop_assert!(kvm_takes(filter));
     // One for each window and access is always enough.
     prop_assert!(filter.ranges.len() <= 2 * WINDOWS.len());
+    let mut pins = 0;
     for msr in every_msr() {
         let read = host_says(msr, 1).with(guest_says(msr, 1));
         let deflected = !kvm_allows(filter, msr, Access::READ);
@@ -395,18 +403,33 @@ fn check(unlisted: Unlisted, host: &[Plain], guest: &[Plain]) -> Result<bool, Te
         let write = host_says(msr, 2).with(guest_says(msr, 2));
         let deflected = !kvm_allows(filter, msr, Access::WRITE);
         prop_assert_eq!(deflected, !write.is_free(), "write of {:#x}", msr);
-        let pairs = [(0, 0), (0, 1), (4, 6), (8, 24)];
-        let free = if write.is_free() { 1 } else { pairs.len() };
-        for &(now, value) in &pairs[..free] {
+        let writes = [
+            (0, 0, 0),
+            (0, 0, 1),
+            (4, 4, 6),
+            (8, 8, 24),
+            // After a reset of the vCPU: all as it was kept, all but what nobody pins, and a bit
+            // of each.
+            (0, 3, 3),
+            (0, 3, 11),
+            (0, 3, 1),
+            (2, 1, 3),
+        ];
+        let free = if write.is_free() { 1 } else { writes.len() };
+        for &(now, kept, value) in &writes[..free] {
             prop_assert_eq!(
-                decisions.write(msr, now, value),
-                write.answer(Some((now, value))),
-                "write of {:#x} to {:#x}",
+                decisions.write(msr, now, kept, value),
+                write.answer(Some((now, kept, value))),
+                "write of {:#x} to {:#x} that holds {:#x} and held {:#x}",
                 value,
-                msr
+                msr,
+                now,
+                kept
             );
         }
+        pins += u64::from(!write.denied && write.pinned != 0);
     }
+    prop_assert_eq!(decisions.pins(), pins);
     Ok(true)
 }
 
@@ -539,35 +562,42 @@ fn ranges_of_both_accesses_are_one_where_they_can_be() {
 #[test]
 fn what_does_not_fit_changes_nothing() {
     let budget = Budget {
-        filter_ranges: 2,
-        ranges: 3,
+        filter_ranges: Some(2),
+        ranges: 4,
+        pins: 64,
     };
     let (mut all, first) = Rules::new(Policy::default(), budget).unwrap();
-    assert_eq!(first.filter, Filter::default());
+    assert_eq!(first.filter, Some(Filter::default()));
     let order = |plain: &[Plain]| Order::Lock(rules(plain));
     let deny = |first, last| (first, last, 2, Act::Deny);
     let planned = all
         .plan(&order(&[deny(0, 0), deny(0x10_0000, 0x10_0000)]))
         .unwrap();
-    all.apply(planned.clone());
+    all.apply(planned.table.clone());
+    let pin = |first, last| (first, last, 2, Act::Pin(1, false));
     for (plain, refused) in [
         (
             vec![deny(1, 1), deny(0x20_0000, 0x20_0000)],
-            Refused::Filter(FilterFull { budget: 2 }),
+            NoRoom::Filter(FilterFull { budget: 2 }),
         ),
         (
             vec![deny(0, u32::MAX - 0x900)],
-            Refused::Filter(FilterFull { budget: 2 }),
+            NoRoom::Filter(FilterFull { budget: 2 }),
         ),
-        (vec![deny(2, 2), deny(4, 4)], Refused::Ranges(3)),
+        (vec![deny(2, 2), deny(4, 4), deny(6, 6)], NoRoom::Ranges(4)),
+        (vec![pin(0x100, 0x140)], NoRoom::Pins(64)),
+        (vec![pin(0x100, 0x13f), pin(0x200, 0x200)], NoRoom::Pins(64)),
     ] {
         let plain: Vec<Plain> = plain
             .into_iter()
             .flat_map(|(first, last, access, act)| nameable(first, last, access, act))
             .collect();
-        assert_eq!(all.plan(&order(&plain)), Err(refused));
+        assert_eq!(all.plan(&order(&plain)), Err(refused.into()));
         assert_eq!(all.table(), &planned.table);
     }
+    // What is denied as well is not kept.
+    let denied: Vec<Plain> = vec![deny(0x13f, 0x140), pin(0x100, 0x140)];
+    assert!(all.plan(&order(&denied)).is_ok());
     let allow = (0, 0, 2, Act::Allow);
     assert_eq!(
         all.plan(&Order::Replace(rules(&[deny(1, 1), allow]))),
@@ -639,7 +669,8 @@ fn ten_thousand_random_orders_come_out_as_msr_by_msr() {
                     ),
                     Step::Seal => {
                         model.seal();
-                        (carry_out(&mut table, &Order::Seal), Ok(()))
+                        table.seal();
+                        (Ok(()), Ok(()))
                     }
                     Step::Reset => {
                         (table, model) = Default::default();
@@ -741,24 +772,26 @@ fn the_largest_orders_on_a_large_table_take_no_time_to_speak_of() {
     for order in [Order::Replace(rules(&nested)), Order::Lock(rules(&nested))] {
         table.apply(&table.plan(&order).unwrap());
     }
-    let filter = Filter::new(&Decisions::new(&Policy::default(), &table), 16);
-    assert_eq!(filter, Err(FilterFull { budget: 16 }));
+    let decisions = Decisions::new(&Policy::default(), &table);
+    assert_eq!(Filter::new(&decisions, 16), Err(FilterFull { budget: 16 }));
+    assert!(decisions.pins() > u64::from(RANGES));
     assert!(table.writes().all(|(_, held)| held.immutable));
 }
 
 #[test]
 fn a_full_bitmap_comes_back_as_the_filter_that_it_was() {
     // Alternating bits: the most rules that bytes can make.
-    let bits: Vec<u8> = repeat_n(0x55, 0x600).collect();
-    let header = [3u32, 12288, 0xc000_0000, 0].map(u32::to_le_bytes);
+    let bits: Vec<u8> = repeat_n(0x55, 0x200).collect();
+    let header = [3u32, 4096, 0xc000_0000, 0].map(u32::to_le_bytes);
     let bytes = [header.as_flattened(), &bits].concat();
-    let rules = rules_of_bitmaps(&bytes).unwrap();
-    assert_eq!(rules.len(), 12288);
+    let rules = rules_of_bitmaps(&bytes, 1).unwrap();
+    assert_eq!(rules.len(), MAX_BITMAP_RULES);
+    let rules = rules.into_iter().map(|(_, rule)| rule).collect();
     let mut table = Table::default();
     table.apply(&table.plan(&Order::Replace(rules)).unwrap());
-    assert_eq!(table.len(), 12288);
+    assert_eq!(table.len(), 4096);
     let filter = Filter::new(&Decisions::new(&Policy::default(), &table), 1).unwrap();
-    for msr in 0xc000_0000u32..0xc000_3000 {
+    for msr in 0xc000_0000u32..0xc000_1000 {
         for access in [Access::READ, Access::WRITE] {
             assert_eq!(kvm_allows(&filter, msr, access), msr % 2 == 0);
         }

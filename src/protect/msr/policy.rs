@@ -5,6 +5,7 @@
 //! Unlike a guest's, they can say what becomes of every MSR that they do not list, and have reads
 //! give a constant. Where they come from is not known here.
 
+use std::fmt;
 use std::ops::Range;
 
 use rangemap::RangeMap;
@@ -21,6 +22,15 @@ pub enum Unlisted {
     /// They are denied, except those that KVM does not filter: of [`X2APIC`], and writes of
     /// [`TSC_DEADLINE`].
     Deny,
+}
+
+impl fmt::Display for Unlisted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+        })
+    }
 }
 
 /// A rule of the host.
@@ -55,6 +65,8 @@ pub struct Overlap {
 /// The host's rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
+    unlisted: Unlisted,
+    rules: Vec<HostRule>,
     pub(super) reads: RangeMap<u64, OnRead>,
     pub(super) writes: RangeMap<u64, OnWrite>,
     pub(super) constants: RangeMap<u64, u64>,
@@ -67,7 +79,11 @@ impl Policy {
     ///
     /// The first rule that overlaps one before it: no order among them has to be remembered.
     pub fn new(unlisted: Unlisted, rules: &[HostRule]) -> Result<Self, Overlap> {
-        let mut policy = Self::default();
+        let mut policy = Self {
+            unlisted,
+            rules: rules.to_vec(),
+            ..Self::default()
+        };
         if unlisted == Unlisted::Deny {
             let deadline = u64::from(TSC_DEADLINE);
             let (x2apic, after) = (u64::from(*X2APIC.start()), u64::from(*X2APIC.end()) + 1);
@@ -100,6 +116,16 @@ impl Policy {
             }
         }
         Ok(policy)
+    }
+
+    /// What becomes of accesses that no rule lists.
+    pub fn unlisted(&self) -> Unlisted {
+        self.unlisted
+    }
+
+    /// The rules, in the order in which they were given.
+    pub fn rules(&self) -> &[HostRule] {
+        &self.rules
     }
 }
 

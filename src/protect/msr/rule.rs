@@ -26,6 +26,56 @@ pub enum Action {
     },
 }
 
+/// The bits of an action in requests (`docs/device.md`).
+const LOG: u16 = 1;
+const PIN: u16 = 2;
+const DENY: u16 = 4;
+
+impl Action {
+    /// The action with these bits and, for a pin, this mask; `None` if there is none.
+    pub fn from_bits(bits: u16, mask: u64) -> Option<Self> {
+        Some(match (bits, mask) {
+            (0, 0) => Self::Allow,
+            (LOG, 0) => Self::Log,
+            (DENY, 0) => Self::Deny,
+            (PIN, 1..) => Self::Pin { mask, log: false },
+            (bits, 1..) if bits == PIN | LOG => Self::Pin { mask, log: true },
+            _ => return None,
+        })
+    }
+
+    /// Its bits, and its mask or 0.
+    pub fn bits(self) -> (u16, u64) {
+        match self {
+            Self::Allow => (0, 0),
+            Self::Log => (LOG, 0),
+            Self::Deny => (DENY, 0),
+            Self::Pin { mask, log } => (PIN | if log { LOG } else { 0 }, mask),
+        }
+    }
+}
+
+impl From<OnRead> for Action {
+    fn from(on: OnRead) -> Self {
+        match on {
+            OnRead::Allow => Self::Allow,
+            OnRead::Log => Self::Log,
+            OnRead::Deny => Self::Deny,
+        }
+    }
+}
+
+impl From<OnWrite> for Action {
+    fn from(on: OnWrite) -> Self {
+        match on {
+            OnWrite::ALLOW => Self::Allow,
+            OnWrite::LOG => Self::Log,
+            OnWrite::Pass { pinned, log } => Self::Pin { mask: pinned, log },
+            OnWrite::Deny => Self::Deny,
+        }
+    }
+}
+
 /// Why an access and an action are not a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RuleError {
@@ -89,6 +139,22 @@ impl Rule {
         self.range
     }
 
+    /// The accesses that the rule speaks of.
+    pub fn access(&self) -> Access {
+        let mut access = Access::empty();
+        access.set(Access::READ, self.read.is_some());
+        access.set(Access::WRITE, self.write.is_some());
+        access
+    }
+
+    /// What is to become of them.
+    pub fn action(&self) -> Action {
+        let on_write = self.write.map(Action::from);
+        on_write
+            .or_else(|| self.read.map(Action::from))
+            .unwrap_or(Action::Allow)
+    }
+
     /// What is to become of reads, if the rule speaks of them.
     pub fn read(&self) -> Option<OnRead> {
         self.read
@@ -103,6 +169,25 @@ impl Rule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_says_what_it_was_made_of_and_bits_are_the_action() {
+        let one = MsrRange::new(5, 5).unwrap();
+        let mut good = 0;
+        for (bits, mask) in (0..10).flat_map(|bits| [(bits, 0), (bits, 9)]) {
+            let Some(action) = Action::from_bits(bits, mask) else {
+                continue;
+            };
+            good += 1;
+            assert_eq!(action.bits(), (bits, mask));
+            for access in [Access::READ, Access::WRITE, Access::all()] {
+                if let Ok(rule) = Rule::new(one, access, action) {
+                    assert_eq!((rule.access(), rule.action()), (access, action));
+                }
+            }
+        }
+        assert_eq!(good, 5, "allow, log, deny, pin, pin and log");
+    }
 
     #[test]
     fn what_cannot_be_enforced_is_no_rule() {

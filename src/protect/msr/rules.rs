@@ -6,14 +6,34 @@
 
 use super::{Decisions, Filter, FilterFull, Loosens, Order, Policy, Table};
 
+/// Most MSRs that can be pinned at once, by the host and the guest together, because of what is
+/// kept for each on each vCPU.
+pub const MAX_PINS: u32 = 64;
+
 /// What a VM can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// How many ranges of KVM's filter nobody else needs: at most
-    /// [`MAX_FILTER_RANGES`](super::MAX_FILTER_RANGES).
-    pub filter_ranges: usize,
+    /// [`MAX_FILTER_RANGES`](super::MAX_FILTER_RANGES). `None` where there is no filter.
+    pub filter_ranges: Option<usize>,
     /// How many disjoint ranges the guest's rules may be, of reads and of writes together.
     pub ranges: usize,
+    /// How many MSRs may be pinned, by the host and the guest together.
+    pub pins: u64,
+}
+
+/// There is no room for all rules together (ENOSPC).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoRoom {
+    /// The guest's rules would be more ranges than they may be.
+    #[error("more than {0} ranges of MSRs")]
+    Ranges(usize),
+    /// More MSRs would be pinned than can be.
+    #[error("more than {0} pinned MSRs")]
+    Pins(u64),
+    /// The filter has too few ranges for it.
+    #[error(transparent)]
+    Filter(#[from] FilterFull),
 }
 
 /// Why an order changes nothing.
@@ -22,12 +42,9 @@ pub enum Refused {
     /// It would loosen a locked rule (EPERM).
     #[error(transparent)]
     Loosens(#[from] Loosens),
-    /// The filter has too few ranges for it (ENOSPC).
+    /// There is no room for it (ENOSPC).
     #[error(transparent)]
-    Filter(#[from] FilterFull),
-    /// There would be more ranges than there may be (ENOSPC).
-    #[error("more than {0} ranges of MSRs")]
-    Ranges(usize),
+    NoRoom(#[from] NoRoom),
 }
 
 /// All rules of a VM.
@@ -45,8 +62,8 @@ pub struct Planned {
     pub table: Table,
     /// What user space answers then.
     pub decisions: Decisions,
-    /// What KVM is told.
-    pub filter: Filter,
+    /// What KVM is told, where there is a filter.
+    pub filter: Option<Filter>,
 }
 
 impl Rules {
@@ -55,33 +72,48 @@ impl Rules {
     /// # Errors
     ///
     /// The host's rules alone do not fit.
-    pub fn new(policy: Policy, budget: Budget) -> Result<(Self, Planned), FilterFull> {
-        let rules = Self {
-            policy,
-            table: Table::default(),
-            budget,
-        };
+    pub fn new(policy: Policy, budget: Budget) -> Result<(Self, Planned), NoRoom> {
+        let rules = Self::told(policy, Table::default(), budget);
         let planned = rules.planned(Table::default())?;
         Ok((rules, planned))
+    }
+
+    /// The rules of a VM whose owner says that they are in force: whether they fit is not asked.
+    pub fn told(policy: Policy, table: Table, budget: Budget) -> Self {
+        Self {
+            policy,
+            table,
+            budget,
+        }
     }
 
     /// What `order` comes to. Nothing changes.
     ///
     /// # Errors
     ///
-    /// The first reason in the order of [`Refused`].
+    /// The first reason in the order of [`Refused`] and [`NoRoom`].
     pub fn plan(&self, order: &Order) -> Result<Planned, Refused> {
         let mut table = self.table.clone();
         table.apply(&self.table.plan(order)?);
-        if table.len() > self.budget.ranges {
-            return Err(Refused::Ranges(self.budget.ranges));
-        }
         Ok(self.planned(table)?)
     }
 
-    fn planned(&self, table: Table) -> Result<Planned, FilterFull> {
+    fn planned(&self, table: Table) -> Result<Planned, NoRoom> {
+        let Budget {
+            filter_ranges,
+            ranges,
+            pins,
+        } = self.budget;
+        if table.len() > ranges {
+            return Err(NoRoom::Ranges(ranges));
+        }
         let decisions = Decisions::new(&self.policy, &table);
-        let filter = Filter::new(&decisions, self.budget.filter_ranges)?;
+        if decisions.pins() > pins {
+            return Err(NoRoom::Pins(pins));
+        }
+        let filter = filter_ranges
+            .map(|ranges| Filter::new(&decisions, ranges))
+            .transpose()?;
         Ok(Planned {
             table,
             decisions,
@@ -89,9 +121,9 @@ impl Rules {
         })
     }
 
-    /// Takes over what is in force now.
-    pub fn apply(&mut self, planned: Planned) {
-        self.table = planned.table;
+    /// Takes over the guest's rules that are in force now.
+    pub fn apply(&mut self, table: Table) {
+        self.table = table;
     }
 
     /// The guest's rules in force.

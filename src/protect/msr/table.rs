@@ -25,8 +25,15 @@ pub enum Order {
     /// Let these take the place of what holds; to allow is to remove. Where rules overlap the
     /// last one counts.
     Replace(Vec<Rule>),
-    /// What holds now is for good.
-    Seal,
+}
+
+impl Order {
+    /// The rules, in the order in which they were asked for.
+    pub fn rules(&self) -> &[Rule] {
+        match self {
+            Self::Lock(rules) | Self::Replace(rules) => rules,
+        }
+    }
 }
 
 /// An order would loosen a locked rule.
@@ -79,7 +86,6 @@ impl Table {
                 self.reads.replace(rules.iter().map(on_reads)),
                 self.writes.replace(rules.iter().map(on_writes)),
             ),
-            Order::Seal => (Ok(self.reads.seal()), Ok(self.writes.seal())),
         };
         match (reads, writes) {
             (Ok(reads), Ok(writes)) => Ok(Change { reads, writes }),
@@ -88,6 +94,12 @@ impl Table {
             }),
             (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
         }
+    }
+
+    /// What holds now is for good.
+    pub fn seal(&mut self) {
+        self.reads.seal();
+        self.writes.seal();
     }
 
     /// Takes over a change that was planned on this table, as it is now.
@@ -193,7 +205,7 @@ impl<A: Restriction> Side<A> {
         }
     }
 
-    fn seal(&self) -> Pieces<A> {
+    fn seal(&mut self) {
         let lock = |(span, held): (&Range<u64>, &Held<A>)| {
             let held = Held {
                 immutable: true,
@@ -201,7 +213,7 @@ impl<A: Restriction> Side<A> {
             };
             (span.clone(), held)
         };
-        self.0.iter().map(lock).collect()
+        self.0 = self.0.iter().map(lock).collect();
     }
 
     fn apply(&mut self, pieces: &Pieces<A>) {

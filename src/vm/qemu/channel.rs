@@ -14,10 +14,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::wire::{self, HEADER_SIZE, Header, Message, WireError};
+use super::encode;
+use super::session::{OutOfPlace, POLICY_SEQ, Session};
+use super::wire::{HEADER_SIZE, Header, Message, WireError};
 use crate::log_limit::{Chain, LogLimit, log_limited};
-use crate::protect::Order;
-use crate::vm::enforcer::{Enforcer, Unexpected, VmEvents};
+use crate::protect::Demand;
+use crate::protect::msr::Policy;
+use crate::vm::enforcer::{Enforcer, VmEvents};
 
 const LISTENER: u64 = 0;
 const CONNECTION: u64 = 1;
@@ -52,12 +55,8 @@ enum Closed {
     Io(#[source] io::Error),
     #[error("QEMU sent what the specification does not allow")]
     Wire(#[from] WireError),
-    #[error("QEMU sent an answer to nothing")]
-    Unexpected(#[from] Unexpected),
-    #[error("the first message was not HELLO")]
-    NoHello,
-    #[error("QEMU sent a second HELLO")]
-    SecondHello,
+    #[error(transparent)]
+    OutOfPlace(#[from] OutOfPlace),
 }
 
 /// Messages on their way to QEMU. The way in for other threads.
@@ -107,12 +106,12 @@ impl Outbox {
 
 // What waits here is bounded by Enforcer's rule: one order and one GET_STATE at a time.
 impl Enforcer for Outbox {
-    fn carry_out(&self, seq: u64, generation: u64, order: &Order) {
-        self.post(&wire::encode_order(seq, generation, order));
+    fn carry_out(&self, seq: u64, generation: u64, demand: &Demand) {
+        self.post(&encode::encode_demand(seq, generation, demand));
     }
 
     fn request_state(&self, seq: u64) {
-        self.post(&wire::encode_get_state(seq));
+        self.post(&encode::encode_get_state(seq));
     }
 
     fn catch_up(&self, seq: u64) {
@@ -121,7 +120,8 @@ impl Enforcer for Outbox {
     }
 }
 
-/// Serves the control channel on `listener`.
+/// Serves the control channel on `listener`, and gives each QEMU that connects the host's `policy`
+/// for its MSRs, if there is one.
 ///
 /// # Errors
 ///
@@ -130,8 +130,9 @@ pub fn serve(
     listener: UnixListener,
     outbox: &Outbox,
     events: &Arc<dyn VmEvents>,
+    policy: Option<&Policy>,
 ) -> Result<std::convert::Infallible, ChannelError> {
-    Server::new(listener, outbox, events.as_ref())?.run()
+    Server::new(listener, outbox, events.as_ref(), policy)?.run()
 }
 
 struct Server<'a> {
@@ -143,13 +144,14 @@ struct Server<'a> {
     catching_up: Option<u64>,
     outbox: &'a Outbox,
     events: &'a dyn VmEvents,
+    policy: Option<&'a Policy>,
 }
 
 struct Connection {
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
-    greeted: bool,
+    session: Session,
 }
 
 impl<'a> Server<'a> {
@@ -157,6 +159,7 @@ impl<'a> Server<'a> {
         listener: UnixListener,
         outbox: &'a Outbox,
         events: &'a dyn VmEvents,
+        policy: Option<&'a Policy>,
     ) -> Result<Self, ChannelError> {
         let failed = |what| move |source| ChannelError { what, source };
         listener
@@ -175,6 +178,7 @@ impl<'a> Server<'a> {
             catching_up: None,
             outbox,
             events,
+            policy,
         };
         server.listen(true)?;
         Ok(server)
@@ -280,8 +284,8 @@ impl<'a> Server<'a> {
         self.connection = Some(Connection {
             stream,
             input: Vec::new(),
-            output: wire::encode_hello(),
-            greeted: false,
+            output: encode::encode_hello(self.policy.map(|policy| (POLICY_SEQ, policy))),
+            session: Session::new(self.policy),
         });
         Ok(())
     }
@@ -349,7 +353,7 @@ impl Connection {
         self.input.extend_from_slice(&chunk[..n]);
         let mut input = self.input.as_slice();
         while let Some((message, rest)) = split_message(input)? {
-            self.greeted = dispatch(message, self.greeted, events)?;
+            self.session.take(message, events)?;
             input = rest;
         }
         let done = self.input.len() - input.len();
@@ -391,27 +395,6 @@ fn split_message(input: &[u8]) -> Result<Option<(Message, &[u8])>, WireError> {
         return Ok(None);
     };
     Ok(Some((Message::decode(&header, payload)?, rest)))
-}
-
-/// Hands one message on. Returns that HELLO has been seen.
-fn dispatch(message: Message, greeted: bool, events: &dyn VmEvents) -> Result<bool, Closed> {
-    match (message, greeted) {
-        (Message::Hello(vm), false) => events.connected(vm),
-        (Message::Hello(_), true) => return Err(Closed::SecondHello),
-        (_, false) => return Err(Closed::NoHello),
-        (
-            Message::State {
-                seq,
-                generation,
-                table,
-            },
-            true,
-        ) => events.state(seq, generation, table)?,
-        (Message::Result { seq, outcome }, true) => events.result(seq, outcome)?,
-        (Message::Violation(violation), true) => events.violation(violation),
-        (Message::Reset { generation }, true) => events.reset(generation),
-    }
-    Ok(true)
 }
 
 fn is_transient(e: &io::Error) -> bool {

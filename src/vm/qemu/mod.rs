@@ -2,7 +2,11 @@
 
 //! QEMU's `vm-guard` object as the owner of the VM.
 //!
-//! [`wire`] is the format of `docs/control-channel.md`, [`channel`] the socket and its thread.
+//! [`wire`], [`encode`] and [`msr_wire`] are the format of `docs/control-channel.md`, [`channel`]
+//! the socket and its thread.
 
 pub mod channel;
+pub mod encode;
+pub mod msr_wire;
+mod session;
 pub mod wire;

@@ -1,42 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The messages of the control channel, `docs/control-channel.md`: bytes to values and back.
+//! The messages of the control channel that come from QEMU, `docs/control-channel.md`: bytes to
+//! values.
 //!
 //! Pure. Every length is checked when the header is there, before a byte of payload is kept;
 //! what comes out of [`Message::decode`] needs no more checking.
 
+use super::msr_wire::{self, MsrState, MsrStateError};
+use crate::protect::msr::Unlisted;
 use crate::protect::{
-    Attributes, Deny, GfnRange, Order, PAGE_SHIFT, Protection, RangeError, Table, UnknownBits,
+    Attributes, Deny, GfnRange, PAGE_SHIFT, Protection, RangeError, Table, UnknownBits,
 };
 use crate::vm::enforcer::{
-    Accelerator, Access, Action, Outcome, Policy, Source, Violation, VmInfo,
+    Accelerator, Access, Action, MsrInfo, Outcome, Policy, Source, Target, Violation, VmInfo,
 };
 
 /// "VGRD", the first field of a `HELLO`.
 pub const MAGIC: u32 = 0x4452_4756;
 /// The version of the channel that is spoken here.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of a message header.
 pub const HEADER_SIZE: usize = 16;
 /// Most payload bytes in a message from QEMU.
 pub const MAX_PAYLOAD: u32 = 1 << 20;
 
-const HELLO_SIZE: u32 = 56;
+const HELLO_SIZE: u32 = 72;
 const STATE_HEADER_SIZE: u32 = 16;
 const RESULT_SIZE: u32 = 24;
 const VIOLATION_SIZE: u32 = 64;
 const RESET_SIZE: u32 = 8;
-const RANGE_SIZE: u32 = 24;
+/// Bytes of a range, and of a rule.
+pub(super) const RANGE_SIZE: u32 = 24;
 
 const TYPE_HELLO: u16 = 0x01;
 const TYPE_STATE: u16 = 0x02;
 const TYPE_RESULT: u16 = 0x03;
 const TYPE_VIOLATION: u16 = 0x04;
 const TYPE_RESET: u16 = 0x05;
-const TYPE_COMPANION_HELLO: u16 = 0x101;
-const TYPE_PROTECT: u16 = 0x102;
-const TYPE_GET_STATE: u16 = 0x103;
-const TYPE_SEAL: u16 = 0x104;
+const TYPE_MSR_STATE: u16 = 0x06;
+
+const VIOLATION_MEMORY: u16 = 1;
+const VIOLATION_MSR: u16 = 2;
 
 const SOURCE_DEVICE: u32 = u32::MAX;
 
@@ -106,6 +110,9 @@ pub enum WireError {
     /// The ranges in a `STATE` are not sorted and disjoint.
     #[error("range {0} in STATE does not lie above the one before it")]
     Unsorted(usize),
+    /// An `MSR_STATE` is not one.
+    #[error(transparent)]
+    MsrState(#[from] MsrStateError),
 }
 
 /// A message header that passed the checks that need no payload.
@@ -128,7 +135,7 @@ impl Header {
         let (length, seq) = (fields.u32(), fields.u64());
         let length_fits = match kind {
             TYPE_HELLO => length == HELLO_SIZE,
-            TYPE_STATE => {
+            TYPE_STATE | TYPE_MSR_STATE => {
                 (STATE_HEADER_SIZE..=MAX_PAYLOAD).contains(&length)
                     && (length - STATE_HEADER_SIZE).is_multiple_of(RANGE_SIZE)
             }
@@ -152,11 +159,29 @@ impl Header {
     }
 }
 
+/// What QEMU says first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// What this VM is and can enforce.
+    pub vm: VmInfo,
+    /// What the host's policy says of MSRs that it does not list; `None` if there is no policy.
+    pub unlisted: Option<Unlisted>,
+}
+
 /// A message from QEMU.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
-    /// What this VM is and can enforce.
-    Hello(VmInfo),
+    /// What this VM is and can enforce, and whether it has a policy.
+    Hello(Hello),
+    /// All rules for MSRs; a `STATE` with this `seq` and this generation follows.
+    MsrState {
+        /// 0, or that of a `GET_STATE`.
+        seq: u64,
+        /// The VM's generation.
+        generation: u64,
+        /// The rules.
+        state: MsrState,
+    },
     /// Everything in force.
     State {
         /// 0, or that of a `GET_STATE`.
@@ -166,7 +191,7 @@ pub enum Message {
         /// What holds where.
         table: Table,
     },
-    /// The answer to a `PROTECT` or a `SEAL`.
+    /// The answer to anything else that was asked for.
     Result {
         /// That of the request.
         seq: u64,
@@ -211,9 +236,15 @@ impl Message {
                     table,
                 }
             }
+            TYPE_MSR_STATE => Self::MsrState {
+                seq,
+                generation: fields.u64(),
+                state: msr_wire::decode_state(&mut fields)?,
+            },
             TYPE_RESULT => {
                 let (status, index) = (fields.u32(), fields.u32());
-                let (generation, ranges_in_force) = (fields.u64(), fields.u32());
+                let generation = fields.u64();
+                let (ranges_in_force, msr_ranges_in_force) = (fields.u32(), fields.u32());
                 let index = (index != u32::MAX).then_some(index);
                 Self::Result {
                     seq,
@@ -222,6 +253,7 @@ impl Message {
                         index,
                         generation,
                         ranges_in_force,
+                        msr_ranges_in_force,
                     },
                 }
             }
@@ -234,7 +266,7 @@ impl Message {
     }
 }
 
-fn decode_hello(fields: &mut Fields<'_>) -> Result<VmInfo, WireError> {
+fn decode_hello(fields: &mut Fields<'_>) -> Result<Hello, WireError> {
     let (magic, version) = (fields.u32(), fields.u32());
     if magic != MAGIC {
         return Err(WireError::Magic(magic));
@@ -262,7 +294,15 @@ fn decode_hello(fields: &mut Fields<'_>) -> Result<VmInfo, WireError> {
     let policy = fields.u32();
     let policy = decode_policy(policy).ok_or_else(|| field("policy", policy))?;
     let audit = Deny::from_bits_truncate(fields.u64());
-    Ok(VmInfo {
+    let (max_msr_ranges, filter_ranges) = (fields.u32(), fields.u32());
+    let max_pins = fields.u32();
+    let unlisted = match fields.u32() {
+        0 => Some(Unlisted::Allow),
+        1 => Some(Unlisted::Deny),
+        u32::MAX => None,
+        other => return Err(field("msr_default", other)),
+    };
+    let vm = VmInfo {
         accelerator,
         deny,
         audit,
@@ -270,7 +310,13 @@ fn decode_hello(fields: &mut Fields<'_>) -> Result<VmInfo, WireError> {
         generation,
         max_ranges,
         max_request_ranges,
-    })
+        msrs: MsrInfo {
+            max_ranges: max_msr_ranges,
+            max_pins,
+            filter_ranges: (filter_ranges != u32::MAX).then_some(filter_ranges),
+        },
+    };
+    Ok(Hello { vm, unlisted })
 }
 
 fn decode_state(fields: &mut Fields<'_>) -> Result<Table, WireError> {
@@ -300,12 +346,12 @@ fn decode_state(fields: &mut Fields<'_>) -> Result<Table, WireError> {
 
 fn decode_violation(fields: &mut Fields<'_>) -> Result<Violation, WireError> {
     let kind = fields.u16();
-    if kind != 1 {
+    if !matches!(kind, VIOLATION_MEMORY | VIOLATION_MSR) {
         return Err(field("type of VIOLATION", kind));
     }
     let access = match fields.u16() {
         1 => Access::Write,
-        2 => Access::Fetch,
+        2 if kind == VIOLATION_MEMORY => Access::Fetch,
         3 => Access::Read,
         other => return Err(field("access of VIOLATION", other)),
     };
@@ -313,7 +359,14 @@ fn decode_violation(fields: &mut Fields<'_>) -> Result<Violation, WireError> {
         SOURCE_DEVICE => Source::Device,
         vcpu => Source::Vcpu(vcpu),
     };
-    let [gpa, gva, rip, value] = [0; 4].map(|_| fields.u64());
+    let [target, gva, rip, value] = [0; 4].map(|_| fields.u64());
+    let target = match kind {
+        VIOLATION_MSR => {
+            let number = u32::try_from(target).map_err(|_| field("MSR of VIOLATION", target))?;
+            Target::Msr(number)
+        }
+        _ => Target::Memory(target),
+    };
     let [size, times] = [0; 2].map(|_| fields.u32());
     let lost = fields.u64();
     let action = match fields.u32() {
@@ -325,7 +378,7 @@ fn decode_violation(fields: &mut Fields<'_>) -> Result<Violation, WireError> {
     Ok(Violation {
         access,
         source,
-        gpa,
+        target,
         gva,
         rip,
         value,
@@ -343,67 +396,15 @@ fn decode_policy(number: u32) -> Option<Policy> {
         .find_map(|(n, policy)| (n == number).then_some(policy))
 }
 
-fn field(field: &'static str, value: impl Into<u64>) -> WireError {
+pub(super) fn field(field: &'static str, value: impl Into<u64>) -> WireError {
     WireError::Field {
         field,
         value: value.into(),
     }
 }
 
-/// The companion's `HELLO`.
-pub fn encode_hello() -> Vec<u8> {
-    let mut bytes = header(TYPE_COMPANION_HELLO, 8, 0);
-    bytes.extend(MAGIC.to_le_bytes());
-    bytes.extend(VERSION.to_le_bytes());
-    bytes
-}
-
-/// `PROTECT` or `SEAL`.
-pub fn encode_order(seq: u64, generation: u64, order: &Order) -> Vec<u8> {
-    match order {
-        Order::Lock(entries) => encode_protect(seq, generation, entries, Attributes::IMMUTABLE),
-        Order::Protect(entries) => encode_protect(seq, generation, entries, 0),
-        Order::Seal => {
-            let mut bytes = header(TYPE_SEAL, 16, seq);
-            bytes.extend(generation.to_le_bytes());
-            bytes.extend(0u64.to_le_bytes());
-            bytes
-        }
-    }
-}
-
-/// `PROTECT`, with the ranges in the guest's order, and the mark of their kind on all of them.
-fn encode_protect(seq: u64, generation: u64, entries: &[Protection], mark: u64) -> Vec<u8> {
-    let count = u32::try_from(entries.len()).expect("at most 4096 ranges in a request");
-    let mut bytes = header(TYPE_PROTECT, 16 + count * RANGE_SIZE, seq);
-    bytes.extend(generation.to_le_bytes());
-    bytes.extend(count.to_le_bytes());
-    bytes.extend(0u32.to_le_bytes());
-    for Protection { range, attributes } in entries {
-        bytes.extend(range.start().number().to_le_bytes());
-        bytes.extend(range.end().number().to_le_bytes());
-        let bits = attributes.bits() & !Attributes::IMMUTABLE | mark;
-        bytes.extend(bits.to_le_bytes());
-    }
-    bytes
-}
-
-/// `GET_STATE`.
-pub fn encode_get_state(seq: u64) -> Vec<u8> {
-    header(TYPE_GET_STATE, 0, seq)
-}
-
-fn header(kind: u16, length: u32, seq: u64) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER_SIZE + length as usize);
-    bytes.extend(kind.to_le_bytes());
-    bytes.extend(0u16.to_le_bytes());
-    bytes.extend(length.to_le_bytes());
-    bytes.extend(seq.to_le_bytes());
-    bytes
-}
-
 /// Little-endian fields, one after another, out of bytes whose length was checked before.
-struct Fields<'a>(&'a [u8]);
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl Fields<'_> {
     fn take<const N: usize>(&mut self) -> [u8; N] {
@@ -412,78 +413,19 @@ impl Fields<'_> {
         *head
     }
 
-    fn u16(&mut self) -> u16 {
+    pub(super) fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.take())
     }
 
-    fn u32(&mut self) -> u32 {
+    pub(super) fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.take())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub(super) fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.take())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn decode(bytes: &[u8]) -> Result<Message, WireError> {
-        let (head, payload) = bytes.split_first_chunk().unwrap();
-        let header = Header::decode(head)?;
-        Message::decode(&header, &payload[..header.payload_len()])
-    }
-
-    proptest! {
-        #[test]
-        fn no_payload_makes_the_decoder_panic(
-            kind in 1u16..6,
-            ranges in 0usize..20,
-            mut payload in prop::collection::vec(any::<u8>(), 16 + 24 * 20),
-            plausible in any::<bool>(),
-        ) {
-            let length = match kind {
-                TYPE_HELLO => HELLO_SIZE as usize,
-                TYPE_STATE => 16 + 24 * ranges,
-                TYPE_RESULT => RESULT_SIZE as usize,
-                TYPE_VIOLATION => VIOLATION_SIZE as usize,
-                _ => RESET_SIZE as usize,
-            };
-            if plausible && kind == TYPE_STATE {
-                payload[8..12].copy_from_slice(&(ranges as u32).to_le_bytes());
-            }
-            let mut bytes = header(kind, length as u32, 1);
-            bytes.extend(&payload[..length]);
-            let _ = decode(&bytes);
-        }
-
-        #[test]
-        fn no_header_lets_more_in_than_the_largest_payload(bytes in any::<[u8; HEADER_SIZE]>()) {
-            if let Ok(header) = Header::decode(&bytes) {
-                prop_assert!(header.payload_len() <= MAX_PAYLOAD as usize);
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_told_as_state_is_the_table() {
-        let mut bytes = header(TYPE_STATE, 16 + 2 * RANGE_SIZE, 9);
-        for word in [3u64, 2, 1, 5, 1 << 63 | 1, 6, 6, 1 << 63 | 1] {
-            bytes.extend(word.to_le_bytes());
-        }
-        let Ok(Message::State {
-            seq: 9,
-            generation: 3,
-            table,
-        }) = decode(&bytes)
-        else {
-            panic!("{:?}", decode(&bytes));
-        };
-        // Two ranges that touch and agree are one.
-        assert_eq!(table.len(), 1);
-        assert_eq!(table.pages(), 6);
-    }
-}
+#[path = "wire_tests.rs"]
+mod tests;
