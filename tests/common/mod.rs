@@ -11,6 +11,7 @@
 pub mod companion;
 pub mod front_end;
 pub mod guest;
+pub mod msr;
 pub mod vm_guard;
 
 use std::thread;
@@ -88,9 +89,19 @@ impl Setup {
         Self::on(Companion::start(), &vm_guard::hello_with(ALL, ALL, 1))
     }
 
+    /// A VM that can have 100 ranges of MSRs, and no filter that could be full.
+    pub fn msrs() -> Self {
+        let hello = vm_guard::hello_msrs(100, u32::MAX, vm_guard::NO_POLICY);
+        Self::on(Companion::start(), &hello)
+    }
+
     pub fn on(companion: Companion, hello: &[u8]) -> Self {
-        let guest = Guest::new();
         let vm_guard = VmGuard::connect_as(&companion, hello, &[]);
+        Self::with(companion, vm_guard)
+    }
+
+    pub fn with(companion: Companion, vm_guard: VmGuard) -> Self {
+        let guest = Guest::new();
         let front_end = FrontEnd::connect(&companion, &guest);
         Self {
             front_end,
