@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
 from harness.case import GuardTest  # noqa: E402
 from harness.control import (  # noqa: E402
-    AUDIT_SHIFT, DENY, IMMUTABLE, NO_INDEX, NOWRITE, Control)
+    ALL_BITS, AUDIT_SHIFT, DENY, DENY_MSR, IMMUTABLE, IMMUTABLE_MSR, LOG,
+    MAX_MSR_PINS, NO_INDEX, NOWRITE, PIN, READ, WRITE, Control)
 
 EPERM, EINVAL, ENOSPC, EOPNOTSUPP, ESTALE = 1, 22, 28, 95, 116
 MEMORY = 144
@@ -307,3 +308,128 @@ class Full(TableTest):
         self.compare("at the end")
         self.reset()
         self.compare("after a reset")
+
+
+def join_msr(one, other):
+    """What is as strict as both: (action, mask)."""
+    action, mask = one[0] | other[0], one[1] | other[1]
+    return (DENY_MSR, 0) if action & DENY_MSR else (action, mask)
+
+
+class MsrModel:
+    """docs/msr.md, MSR by MSR: {(access, msr): (action, mask, immutable)}"""
+
+    def __init__(self):
+        self.held = {}
+
+    def change(self, rules):
+        """Returns status and index."""
+        held, last = dict(self.held), {}
+        for index, (first, end, access, action, flags, mask) in enumerate(
+                rules):
+            if access & WRITE and action and first <= 0x6e0 <= end:
+                return EOPNOTSUPP, index
+            for key in ((a, m) for a in (READ, WRITE) if access & a
+                        for m in range(first, end + 1)):
+                if flags:
+                    held[key] = (*join_msr(held.get(key, (0, 0))[:2],
+                                           (action, mask)), True)
+                else:
+                    last[key] = index
+        loosened = []
+        for key, index in last.items():
+            *before, immutable = self.held.get(key, (0, 0, False))
+            wanted = (rules[index][3], rules[index][5])
+            if immutable and join_msr(before, wanted) != wanted:
+                loosened.append(index)
+            held[key] = (*wanted, immutable)
+        if loosened:
+            return EPERM, min(loosened)
+        held = {key: what for key, what in held.items() if what[0]}
+        if sum(what[0] & PIN > 0 for what in held.values()) > MAX_MSR_PINS:
+            return ENOSPC, NO_INDEX
+        self.held = held
+        return 0, NO_INDEX
+
+    def seal(self):
+        """All that is there becomes immutable."""
+        self.held = {key: (*what[:2], True)
+                     for key, what in self.held.items()}
+
+    def rules(self):
+        """As MSR_STATE tells them."""
+        runs = []
+        for access, msr in sorted(self.held):
+            action, mask, immutable = self.held[access, msr]
+            what = (access, action, immutable and IMMUTABLE_MSR, mask)
+            if runs and runs[-1][1] + 1 == msr and tuple(runs[-1][2:]) == what:
+                runs[-1][1] = msr
+            else:
+                runs.append([msr, msr, *what])
+        return [tuple(run) for run in runs]
+
+
+class MsrTable(TableTest):
+    """Without a policy of the host's: what both come to is a unit test of
+    QEMU's, and what it means to a vCPU the bare-metal guest's.
+
+    :avocado: tags=tcg
+    """
+
+    def rule(self, source, flags):
+        """Of few MSRs, so that rules meet."""
+        first = source.choice((0x174, 0x6d8, 0x277, 0xc0000080)) + (
+            source.randrange(12))
+        if source.random() < .4:
+            return (first, first + source.randrange(2), WRITE,
+                    source.choice((PIN, PIN | LOG)), flags,
+                    source.choice((ALL_BITS, 1, 3, 1 << source.randrange(64))))
+        return (first, first + source.choice((0, 1, 5, 20)),
+                source.choice((READ, WRITE, READ | WRITE)),
+                source.choice((LOG, DENY_MSR, LOG) if flags
+                              else (0, LOG, DENY_MSR)), flags, 0)
+
+    def compare_msrs(self, model, note):
+        """The rules, as the companion and as management is told them."""
+        self.control.state()
+        self.assertEqual(self.control.msr_rules, model.rules(), note)
+        self.assertEqual(self.qmp.command("query-vm-guard")["msrs"], [
+            {"first": first, "last": last,
+             "access": "read" if access == READ else "write",
+             "deny": action == DENY_MSR, "log": bool(action & LOG),
+             **({"pin": mask} if action & PIN else {}),
+             "immutable": bool(flags)}
+            for first, last, access, action, flags, mask in model.rules()],
+            note)
+
+    def test_random_rules(self):
+        seed = int(os.environ.get("VHOST_GUARD_SEED", 0)) or random.randrange(
+            1, 1 << 32)
+        source, model, count = random.Random(seed), MsrModel(), {}
+        self.log.info("seed %d", seed)
+        for number in range(4000):
+            note = f"seed {seed}, operation {number}"
+            kind = source.random()
+            if kind < .02:
+                what = "reset"
+                self.reset()
+                model = MsrModel()
+            elif kind < .03:
+                what = "seal"
+                model.seal()
+                self.assertEqual(self.control.seal()[0], 0, note)
+            else:
+                flags = IMMUTABLE_MSR if source.random() < .1 else 0
+                rules = [self.rule(source, flags) for _ in range(
+                    source.choice((1, 1, 2, 5, 20)))]
+                what, index = model.change(rules)
+                self.assertEqual(self.control.change_msrs(rules),
+                                 (what, index), f"{note}: {rules}")
+                self.assertEqual(self.control.msr_ranges, len(model.rules()),
+                                 note)
+            count[what] = count.get(what, 0) + 1
+            if number % 20 == 0 or what in ("seal", "reset"):
+                self.compare_msrs(model, note)
+        self.log.info("%s", count)
+        for what in ("reset", "seal", 0, EPERM, EOPNOTSUPP):
+            self.assertGreater(count.get(what, 0), 3, f"{what}: {count}")
