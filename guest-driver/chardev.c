@@ -24,19 +24,28 @@
 static_assert(sizeof(struct guard_range) == 24);
 static_assert(sizeof(struct guard_lock) == 24);
 static_assert(sizeof(struct guard_query) == 40);
-static_assert(sizeof(struct guard_info) == 72);
+static_assert(sizeof(struct guard_info) == 80);
+static_assert(sizeof(struct guard_msr) == sizeof(struct guard_range));
+static_assert(sizeof(struct guard_msr_bitmap) == 32);
+static_assert(sizeof(struct guard_msr_query) == 32);
 
-/* GUARD_IOC_LOCK and GUARD_IOC_PROTECT differ in what is asked for. */
-static long guard_ioctl_ranges(struct guard_lock __user *arg,
-			       int (*ask)(const struct guard_range *ranges,
-					  u32 count, u32 *index,
-					  u64 *generation))
+/*
+ * The four calls that take a struct guard_lock differ in what is asked for: one
+ * of @ranges and @rules.
+ */
+static long guard_ioctl_entries(struct guard_lock __user *arg,
+				int (*ranges)(const struct guard_range *ranges,
+					      u32 count, u32 *index,
+					      u64 *generation),
+				int (*rules)(const struct guard_msr *rules,
+					     u32 count, u32 *index,
+					     u64 *generation))
 {
-	struct guard_range *ranges;
 	struct guard_info info;
 	struct guard_lock req;
 	u64 generation = 0;
 	u32 index = VIRTIO_GUARD_NO_INDEX;
+	void *entries;
 	long err;
 
 	if (copy_from_user(&req, arg, sizeof(req)))
@@ -50,17 +59,75 @@ static long guard_ioctl_ranges(struct guard_lock __user *arg,
 	else if (req.count > info.max_request_ranges)
 		err = -E2BIG;
 	if (!err) {
-		ranges = vmemdup_user(u64_to_user_ptr(req.ranges),
-				      req.count * sizeof(*ranges));
-		if (IS_ERR(ranges))
-			return PTR_ERR(ranges);
-		err = ask(ranges, req.count, &index, &generation);
-		kvfree(ranges);
+		entries = vmemdup_user(u64_to_user_ptr(req.ranges),
+				       req.count * sizeof(struct guard_range));
+		if (IS_ERR(entries))
+			return PTR_ERR(entries);
+		if (ranges)
+			err = ranges(entries, req.count, &index, &generation);
+		else
+			err = rules(entries, req.count, &index, &generation);
+		kvfree(entries);
 	}
 
 	if (put_user(index, &arg->index) ||
 	    put_user(generation, &arg->generation))
 		return -EFAULT;
+	return err;
+}
+
+static long guard_ioctl_msr_bitmap(struct guard_msr_bitmap __user *arg)
+{
+	struct guard_msr_bitmap req;
+	u64 generation = 0;
+	u32 index = VIRTIO_GUARD_NO_INDEX;
+	void *bitmaps;
+	long err = 0;
+
+	if (copy_from_user(&req, arg, sizeof(req)))
+		return -EFAULT;
+	if (req.reserved || !req.bytes || !req.count)
+		err = -EINVAL;
+	else if (req.bytes > GUARD_BITMAPS_LEN ||
+		 req.count > VIRTIO_GUARD_MSR_BITMAPS_MAX)
+		err = -E2BIG;
+	if (!err) {
+		bitmaps = vmemdup_user(u64_to_user_ptr(req.bitmaps), req.bytes);
+		if (IS_ERR(bitmaps))
+			return PTR_ERR(bitmaps);
+		err = guard_msr_bitmap(bitmaps, req.bytes, req.count, &index,
+				       &generation);
+		kvfree(bitmaps);
+	}
+
+	if (put_user(index, &arg->index) ||
+	    put_user(generation, &arg->generation))
+		return -EFAULT;
+	return err;
+}
+
+static long guard_ioctl_msr_query(struct guard_msr_query __user *arg)
+{
+	struct guard_msr_query query;
+	struct guard_msr *rules;
+	long err;
+
+	if (copy_from_user(&query, arg, sizeof(query)))
+		return -EFAULT;
+	if (query.access > U16_MAX)
+		return -EINVAL;
+
+	query.count = min_t(u32, query.count, GUARD_MAX_RANGES);
+	rules = kvmalloc_array(query.count, sizeof(*rules), GFP_KERNEL);
+	if (!rules)
+		return -ENOMEM;
+	err = virtio_guard_msr_query(query.first, query.last, query.access,
+				     rules, &query.count, &query.total);
+	if (!err && (copy_to_user(u64_to_user_ptr(query.msrs), rules,
+				  query.count * sizeof(*rules)) ||
+		     copy_to_user(arg, &query, sizeof(query))))
+		err = -EFAULT;
+	kvfree(rules);
 	return err;
 }
 
@@ -119,13 +186,21 @@ static long guard_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 
 	switch (cmd) {
 	case GUARD_IOC_LOCK:
-		return guard_ioctl_ranges(at, virtio_guard_lock);
+		return guard_ioctl_entries(at, virtio_guard_lock, NULL);
 	case GUARD_IOC_PROTECT:
-		return guard_ioctl_ranges(at, virtio_guard_protect);
+		return guard_ioctl_entries(at, virtio_guard_protect, NULL);
 	case GUARD_IOC_SEAL:
 		return guard_ioctl_seal(at);
 	case GUARD_IOC_QUERY:
 		return guard_ioctl_query(at);
+	case GUARD_IOC_MSR_LOCK:
+		return guard_ioctl_entries(at, NULL, virtio_guard_msr_lock);
+	case GUARD_IOC_MSR_PROTECT:
+		return guard_ioctl_entries(at, NULL, virtio_guard_msr_protect);
+	case GUARD_IOC_MSR_BITMAP:
+		return guard_ioctl_msr_bitmap(at);
+	case GUARD_IOC_MSR_QUERY:
+		return guard_ioctl_msr_query(at);
 	case GUARD_IOC_INFO:
 		return guard_ioctl_info(at);
 	default:

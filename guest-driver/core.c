@@ -17,7 +17,7 @@
 #include <linux/version.h>
 #include <linux/virtio_config.h>
 
-static_assert(sizeof(struct virtio_guard_config) == 72);
+static_assert(sizeof(struct virtio_guard_config) == 80);
 
 /* /dev/guard and in-kernel callers speak to one device. */
 static DEFINE_MUTEX(guard_only_mutex);
@@ -84,6 +84,13 @@ static void guard_read_config(struct virtio_device *vdev,
 	if (virtio_has_feature(vdev, VIRTIO_GUARD_F_AUDIT))
 		virtio_cread_le(vdev, struct virtio_guard_config, audit_bits,
 				&info->audit_bits);
+	/* Without the feature there may be no such fields. */
+	if (!virtio_has_feature(vdev, VIRTIO_GUARD_F_MSR))
+		return;
+	virtio_cread_le(vdev, struct virtio_guard_config, max_msr_ranges,
+			&info->max_msr_ranges);
+	virtio_cread_le(vdev, struct virtio_guard_config, msr_ranges_in_force,
+			&info->msr_ranges_in_force);
 }
 
 /* The counters move as they like: read until two readings agree. */
@@ -187,6 +194,7 @@ static void guard_bootlock_work(struct work_struct *work)
 	struct guard *guard = container_of(work, struct guard, bootlock_work);
 
 	guard_bootlock_run();
+	guard_msrlock_run();
 	complete_all(&guard->bootlocked);
 }
 
@@ -345,6 +353,13 @@ static ssize_t locked_show(struct device *dev, struct device_attribute *attr,
 }
 static DEVICE_ATTR_ADMIN_RO(locked);
 
+static ssize_t locked_msrs_show(struct device *dev,
+				struct device_attribute *attr, char *buf)
+{
+	return guard_msrlock_show(buf);
+}
+static DEVICE_ATTR_ADMIN_RO(locked_msrs);
+
 #define GUARD_INFO_ATTR(field, format)					\
 static ssize_t field##_show(struct device *dev,				\
 			    struct device_attribute *attr, char *buf)	\
@@ -361,14 +376,17 @@ GUARD_INFO_ATTR(ranges_in_force, "%u");
 GUARD_INFO_ATTR(violations, "%llu");
 GUARD_INFO_ATTR(events_lost, "%llu");
 GUARD_INFO_ATTR(malformed, "%llu");
+GUARD_INFO_ATTR(msr_ranges_in_force, "%u");
 
 static struct attribute *guard_attrs[] = {
 	&dev_attr_locked.attr,
+	&dev_attr_locked_msrs.attr,
 	&dev_attr_generation.attr,
 	&dev_attr_ranges_in_force.attr,
 	&dev_attr_violations.attr,
 	&dev_attr_events_lost.attr,
 	&dev_attr_malformed.attr,
+	&dev_attr_msr_ranges_in_force.attr,
 	NULL
 };
 ATTRIBUTE_GROUPS(guard);
@@ -385,6 +403,7 @@ static const unsigned int guard_features[] = {
 	VIRTIO_GUARD_F_NOREAD,
 	VIRTIO_GUARD_F_NOEXEC_KERNEL,
 	VIRTIO_GUARD_F_AUDIT,
+	VIRTIO_GUARD_F_MSR,
 };
 
 static struct virtio_driver guard_driver = {
@@ -409,10 +428,13 @@ static int __init guard_init(void)
 	int err;
 
 	err = guard_bootlock_parse();
+	if (!err)
+		err = guard_msrlock_parse();
 	if (err)
 		return err;
 	if (guard_bootlock_is_dry()) {
 		guard_bootlock_dry_run();
+		guard_msrlock_dry_run();
 		return 0;
 	}
 	err = guard_chardev_register();
@@ -446,5 +468,5 @@ static void __exit guard_exit(void)
 module_init(guard_init);
 module_exit(guard_exit);
 
-MODULE_DESCRIPTION("Protect kernel memory from outside the kernel");
+MODULE_DESCRIPTION("Protect kernel memory and MSRs from outside the kernel");
 MODULE_LICENSE("GPL");

@@ -82,6 +82,7 @@ static void guard_log(const struct guard_event *ev)
 {
 	static DEFINE_RATELIMIT_STATE(rs, 5 * HZ, 20);
 	char source[24], rip[128];
+	const char *what = "gpa";
 
 	if (!__ratelimit(&rs))
 		return;
@@ -100,10 +101,13 @@ static void guard_log(const struct guard_event *ev)
 	else
 		snprintf(rip, sizeof(rip), "0x%llx", ev->rip);
 
-	pr_warn("%s %s gpa=0x%llx by %s rip=%s times=%u action=%s lost=%llu\n",
+	if (ev->type == VIRTIO_GUARD_EV_MSR)
+		what = "msr";
+
+	pr_warn("%s %s %s=0x%llx by %s rip=%s times=%u action=%s lost=%llu\n",
 		ev->action == VIRTIO_GUARD_ACTION_AUDIT ? "watched" : "refused",
-		guard_access_name(ev->access), ev->gpa, source, rip, ev->times,
-		guard_action_name(ev->action), ev->lost);
+		guard_access_name(ev->access), what, ev->gpa, source, rip,
+		ev->times, guard_action_name(ev->action), ev->lost);
 }
 
 /* Those who listen */
@@ -279,7 +283,8 @@ static void guard_report(const struct virtio_guard_event *buf)
 	};
 
 	/* What another type would mean is not known here. */
-	if (ev.type != VIRTIO_GUARD_EV_VIOLATION)
+	if (ev.type != VIRTIO_GUARD_EV_VIOLATION &&
+	    ev.type != VIRTIO_GUARD_EV_MSR)
 		return;
 	guard_tell(&ev);
 	guard_log(&ev);

@@ -2,8 +2,8 @@
 /*
  * What the parts of virtio_guard.ko know of each other: the device's coming and
  * going (core.c), requests to it (request.c), events from it (event.c), what is
- * locked at boot (bootlock.c), where the kernel's own pages are (image.c), and
- * /dev/guard (chardev.c).
+ * locked at boot (bootlock.c, msrlock.c), where the kernel's own pages are
+ * (image.c), and /dev/guard (chardev.c).
  */
 #ifndef _GUARD_H
 #define _GUARD_H
@@ -28,6 +28,11 @@ struct poll_table_struct;
 /* What the specification allows in one request, and in one answer. */
 #define GUARD_MAX_RANGES	4096
 
+/* More bytes of bitmaps than this are none. */
+#define GUARD_BITMAPS_LEN	(VIRTIO_GUARD_MSR_BITMAPS_MAX * \
+				 (sizeof(struct virtio_guard_msr_bitmap) + \
+				  VIRTIO_GUARD_MSR_BITMAP_BYTES))
+
 #define GUARD_EVENT_BUFS	32
 
 /**
@@ -43,7 +48,7 @@ struct poll_table_struct;
  * @room: woken when the control queue may have room again
  * @control_work: takes answers
  * @event_work: takes violations
- * @bootlock_work: locks what the module parameter names
+ * @bootlock_work: locks what the module parameters name
  * @bootlocked: @bootlock_work has ended once
  * @max_request_ranges: most entries in one request
  * @event_bufs: the buffers on @events
@@ -74,6 +79,8 @@ int guard_read_info(struct guard_info *info);
 /* request.c */
 void guard_control_work(struct work_struct *work);
 void guard_requests_abort(struct guard *guard);
+int guard_msr_bitmap(const void *bitmaps, size_t bytes, u32 count, u32 *index,
+		     u64 *generation);
 
 /* event.c */
 void guard_event_work(struct work_struct *work);
@@ -93,10 +100,17 @@ void guard_bootlock_dry_run(void);
 void guard_bootlock_run(void);
 ssize_t guard_bootlock_show(char *buf);
 
+/* msrlock.c */
+int guard_msrlock_parse(void);
+void guard_msrlock_dry_run(void);
+void guard_msrlock_run(void);
+ssize_t guard_msrlock_show(char *buf);
+
 /* image.c */
 int guard_find_text(struct guard_range *range);
 int guard_find_rodata(struct guard_range *range);
 int guard_find_idt(struct guard_range *range);
+bool guard_crash_kernel_reserved(void);
 
 /* chardev.c */
 int guard_chardev_register(void);

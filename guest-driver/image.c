@@ -214,3 +214,18 @@ int guard_find_idt(struct guard_range *range)
 	range->gfn_end = range->gfn_start;
 	return 0;
 }
+
+/**
+ * guard_crash_kernel_reserved - has this kernel set memory aside for kdump?
+ *
+ * Whether a crash kernel is loaded there, no symbol for modules tells.
+ *
+ * Return: true if so.
+ */
+bool guard_crash_kernel_reserved(void)
+{
+	const struct resource *res;
+
+	return guard_find_resource(&iomem_resource, "Crash kernel", &res,
+				   GUARD_RESOURCE_DEPTH);
+}

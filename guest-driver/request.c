@@ -9,6 +9,7 @@
 #include "guard.h"
 
 #include <linux/build_bug.h>
+#include <linux/cpu.h>
 #include <linux/delay.h>
 #include <linux/err.h>
 #include <linux/export.h>
@@ -18,16 +19,21 @@
 #include <linux/scatterlist.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/string.h>
 #include <linux/vmalloc.h>
+
+/* Of a range and of a rule for MSRs, in requests and in answers. */
+#define GUARD_ENTRY_LEN		sizeof(struct virtio_guard_range)
 
 /* No request is longer, and no answer: its header is larger. */
 #define GUARD_MAX_LEN		(sizeof(struct virtio_guard_resp) + \
-				 GUARD_MAX_RANGES * \
-				 sizeof(struct virtio_guard_range))
+				 GUARD_MAX_RANGES * GUARD_ENTRY_LEN)
 #define GUARD_MAX_SG		DIV_ROUND_UP(GUARD_MAX_LEN, PAGE_SIZE)
 
 static_assert(sizeof(struct virtio_guard_req) == 8);
 static_assert(sizeof(struct virtio_guard_range) == 24);
+static_assert(sizeof(struct virtio_guard_msr) == GUARD_ENTRY_LEN);
+static_assert(sizeof(struct virtio_guard_msr_bitmap) == 16);
 static_assert(sizeof(struct virtio_guard_resp) == 16);
 
 /* EBUSY: an emulated device is at work there; 10 + 20 + ... + 320 ms. */
@@ -36,6 +42,26 @@ static_assert(sizeof(struct virtio_guard_resp) == 16);
 
 /* Say so when the host has not answered for this long; then wait on. */
 #define GUARD_PATIENCE		(30 * HZ)
+
+/**
+ * struct guard_ask - what is to be asked
+ * @type: VIRTIO_GUARD_T_*
+ * @count: how many entries, or bitmaps
+ * @ranges: the entries, of a type that is about pages
+ * @msrs: the entries, of a type that is about MSRs
+ * @bytes: what follows the header as it is, if not entries
+ * @len: of @bytes
+ * @room: entries that the answer may have
+ */
+struct guard_ask {
+	u16 type;
+	u32 count;
+	const struct guard_range *ranges;
+	const struct guard_msr *msrs;
+	const void *bytes;
+	size_t len;
+	u32 room;
+};
 
 /**
  * struct guard_request - one request
@@ -74,14 +100,37 @@ static void guard_request_put(struct guard_request *r)
 	}
 }
 
-/* A request with @count entries, and @room for that many in the answer. */
-static struct guard_request *
-guard_request_new(u16 type, const struct guard_range *ranges, u32 count,
-		  u32 room)
+static void guard_put_ranges(struct virtio_guard_range *to,
+			     const struct guard_range *from, u32 count)
 {
-	struct virtio_guard_range *entry;
-	struct guard_request *r;
 	u32 i;
+
+	for (i = 0; i < count; i++) {
+		to[i].gfn_start = cpu_to_le64(from[i].gfn_start);
+		to[i].gfn_end = cpu_to_le64(from[i].gfn_end);
+		to[i].attributes = cpu_to_le64(from[i].attributes);
+	}
+}
+
+static void guard_put_msrs(struct virtio_guard_msr *to,
+			   const struct guard_msr *from, u32 count)
+{
+	u32 i;
+
+	for (i = 0; i < count; i++) {
+		to[i].first = cpu_to_le32(from[i].first);
+		to[i].last = cpu_to_le32(from[i].last);
+		to[i].access = cpu_to_le16(from[i].access);
+		to[i].action = cpu_to_le16(from[i].action);
+		to[i].flags = cpu_to_le32(from[i].flags);
+		to[i].mask = cpu_to_le64(from[i].mask);
+	}
+}
+
+static struct guard_request *guard_request_new(const struct guard_ask *ask)
+{
+	size_t len = ask->bytes ? ask->len : ask->count * GUARD_ENTRY_LEN;
+	struct guard_request *r;
 
 	r = kzalloc(sizeof(*r), GFP_KERNEL);
 	if (!r)
@@ -90,25 +139,25 @@ guard_request_new(u16 type, const struct guard_range *ranges, u32 count,
 	init_completion(&r->done);
 	r->index = VIRTIO_GUARD_NO_INDEX;
 
-	r->req_len = sizeof(*r->req) + count * sizeof(*entry);
+	r->req_len = sizeof(*r->req) + len;
 	r->req = kvmalloc(r->req_len, GFP_KERNEL);
 	/* Zeroed: the device may claim to have written what it did not. */
-	r->resp_len = sizeof(*r->resp) + room * sizeof(*entry);
+	r->resp_len = sizeof(*r->resp) + ask->room * GUARD_ENTRY_LEN;
 	r->resp = kvzalloc(r->resp_len, GFP_KERNEL);
 	if (!r->req || !r->resp) {
 		guard_request_put(r);
 		return NULL;
 	}
 
-	r->req->type = cpu_to_le16(type);
+	r->req->type = cpu_to_le16(ask->type);
 	r->req->flags = 0;
-	r->req->count = cpu_to_le32(count);
-	entry = (struct virtio_guard_range *)(r->req + 1);
-	for (i = 0; i < count; i++) {
-		entry[i].gfn_start = cpu_to_le64(ranges[i].gfn_start);
-		entry[i].gfn_end = cpu_to_le64(ranges[i].gfn_end);
-		entry[i].attributes = cpu_to_le64(ranges[i].attributes);
-	}
+	r->req->count = cpu_to_le32(ask->count);
+	if (ask->bytes)
+		memcpy(r->req + 1, ask->bytes, len);
+	else if (ask->msrs)
+		guard_put_msrs((void *)(r->req + 1), ask->msrs, ask->count);
+	else
+		guard_put_ranges((void *)(r->req + 1), ask->ranges, ask->count);
 	return r;
 }
 
@@ -154,8 +203,7 @@ static int guard_request_answer(struct guard_request *r, unsigned int len)
 	status = le32_to_cpu(READ_ONCE(r->resp->status));
 	r->index = le32_to_cpu(READ_ONCE(r->resp->index));
 	r->value = le64_to_cpu(READ_ONCE(r->resp->value));
-	r->answered = (len - sizeof(*r->resp)) /
-		      sizeof(struct virtio_guard_range);
+	r->answered = (len - sizeof(*r->resp)) / GUARD_ENTRY_LEN;
 	return status <= MAX_ERRNO ? -(int)status : -EIO;
 }
 
@@ -262,14 +310,14 @@ static int guard_wait(struct guard_request *r)
  * The request, carried out and answered with 0, which the caller has to put;
  * or an error, and in @index what it is about.
  */
-static struct guard_request *
-guard_ask_once(struct guard *guard, u16 type, const struct guard_range *ranges,
-	       u32 count, u32 room, u32 *index)
+static struct guard_request *guard_ask_once(struct guard *guard,
+					    const struct guard_ask *ask,
+					    u32 *index)
 {
 	struct guard_request *r;
 	int err;
 
-	r = guard_request_new(type, ranges, count, room);
+	r = guard_request_new(ask);
 	if (!r)
 		return ERR_PTR(-ENOMEM);
 
@@ -285,28 +333,27 @@ guard_ask_once(struct guard *guard, u16 type, const struct guard_range *ranges,
 	return ERR_PTR(err);
 }
 
-static struct guard_request *guard_ask(struct guard *guard, u16 type,
-				       const struct guard_range *ranges,
-				       u32 count, u32 room, u32 *index)
+static struct guard_request *guard_ask(struct guard *guard,
+				       const struct guard_ask *ask, u32 *index)
 {
 	struct guard_request *r;
 	unsigned int tries;
 
-	r = guard_ask_once(guard, type, ranges, count, room, index);
+	r = guard_ask_once(guard, ask, index);
 	for (tries = 0; r == ERR_PTR(-EBUSY) && tries < GUARD_BUSY_RETRIES;
 	     tries++) {
 		msleep(GUARD_BUSY_DELAY_MS << tries);
 		if (fatal_signal_pending(current))
 			break;
 		*index = VIRTIO_GUARD_NO_INDEX;
-		r = guard_ask_once(guard, type, ranges, count, room, index);
+		r = guard_ask_once(guard, ask, index);
 	}
 	return r;
 }
 
-/* LOCK, PROTECT and SEAL: the value of the answer is the generation. */
-static int guard_ask_generation(u16 type, const struct guard_range *ranges,
-				u32 count, u32 *index, u64 *generation)
+/* What changes something: the value of the answer is the generation. */
+static int guard_ask_generation(const struct guard_ask *ask, u32 *index,
+				u64 *generation)
 {
 	struct guard_request *r;
 	struct guard *guard;
@@ -319,12 +366,12 @@ static int guard_ask_generation(u16 type, const struct guard_range *ranges,
 	guard = guard_get();
 	if (!guard)
 		return -ENODEV;
-	if (!count && type != VIRTIO_GUARD_T_SEAL) {
+	if (!ask->count && ask->type != VIRTIO_GUARD_T_SEAL) {
 		err = -EINVAL;
-	} else if (count > guard->max_request_ranges) {
+	} else if (ask->count > guard->max_request_ranges) {
 		err = -E2BIG;
 	} else {
-		r = guard_ask(guard, type, ranges, count, 0, index);
+		r = guard_ask(guard, ask, index);
 		if (IS_ERR(r)) {
 			err = PTR_ERR(r);
 		} else {
@@ -356,8 +403,13 @@ static int guard_ask_generation(u16 type, const struct guard_range *ranges,
 int virtio_guard_lock(const struct guard_range *ranges, u32 count, u32 *index,
 		      u64 *generation)
 {
-	return guard_ask_generation(VIRTIO_GUARD_T_LOCK, ranges, count, index,
-				    generation);
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_LOCK,
+		.count = count,
+		.ranges = ranges,
+	};
+
+	return guard_ask_generation(&ask, index, generation);
 }
 EXPORT_SYMBOL_GPL(virtio_guard_lock);
 
@@ -378,8 +430,13 @@ EXPORT_SYMBOL_GPL(virtio_guard_lock);
 int virtio_guard_protect(const struct guard_range *ranges, u32 count,
 			 u32 *index, u64 *generation)
 {
-	return guard_ask_generation(VIRTIO_GUARD_T_PROTECT, ranges, count,
-				    index, generation);
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_PROTECT,
+		.count = count,
+		.ranges = ranges,
+	};
+
+	return guard_ask_generation(&ask, index, generation);
 }
 EXPORT_SYMBOL_GPL(virtio_guard_protect);
 
@@ -387,18 +444,33 @@ EXPORT_SYMBOL_GPL(virtio_guard_protect);
  * virtio_guard_seal - make what is protected now last until system reset
  * @generation: out: the generation in which it holds; 0 on error
  *
- * Pages that get attributes later can still be freed.
+ * Rules for MSRs, too. Pages that get attributes later can still be freed.
  *
  * Return: as virtio_guard_lock().
  */
 int virtio_guard_seal(u64 *generation)
 {
+	const struct guard_ask ask = { .type = VIRTIO_GUARD_T_SEAL };
 	u32 index;
 
-	return guard_ask_generation(VIRTIO_GUARD_T_SEAL, NULL, 0, &index,
-				    generation);
+	return guard_ask_generation(&ask, &index, generation);
 }
 EXPORT_SYMBOL_GPL(virtio_guard_seal);
+
+static struct guard_request *guard_ask_query(const struct guard_ask *ask)
+{
+	struct guard *guard;
+	struct guard_request *r;
+	u32 index;
+
+	might_sleep();
+	guard = guard_get();
+	if (!guard)
+		return ERR_PTR(-ENODEV);
+	r = guard_ask(guard, ask, &index);
+	guard_put(guard);
+	return r;
+}
 
 /* As many entries as there are, or as there was room for; nothing else. */
 static int guard_query_take(const struct guard_request *r,
@@ -433,24 +505,21 @@ int virtio_guard_query(u64 gfn_start, u64 gfn_end, struct guard_range *ranges,
 		       u32 *count, u64 *total)
 {
 	const struct guard_range all = { gfn_start, gfn_end, 0 };
-	u32 room = min_t(u32, *count, GUARD_MAX_RANGES);
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_QUERY,
+		.count = 1,
+		.ranges = &all,
+		.room = min_t(u32, *count, GUARD_MAX_RANGES),
+	};
 	struct guard_request *r;
-	struct guard *guard;
-	u32 index;
 	int err;
 
-	might_sleep();
 	*count = 0;
 	*total = 0;
-
-	guard = guard_get();
-	if (!guard)
-		return -ENODEV;
-	r = guard_ask(guard, VIRTIO_GUARD_T_QUERY, &all, 1, room, &index);
-	guard_put(guard);
+	r = guard_ask_query(&ask);
 	if (IS_ERR(r))
 		return PTR_ERR(r);
-	err = guard_query_take(r, ranges, room);
+	err = guard_query_take(r, ranges, ask.room);
 	if (!err) {
 		*count = r->answered;
 		*total = r->value;
@@ -459,3 +528,156 @@ int virtio_guard_query(u64 gfn_start, u64 gfn_end, struct guard_range *ranges,
 	return err;
 }
 EXPORT_SYMBOL_GPL(virtio_guard_query);
+
+/*
+ * Pins keep what each CPU has in its MSRs now. A CPU that is coming up has half
+ * of what it needs in them, and would never get the rest.
+ */
+static int guard_ask_msrs(const struct guard_ask *ask, u32 *index,
+			  u64 *generation)
+{
+	int err;
+
+	cpus_read_lock();
+	err = guard_ask_generation(ask, index, generation);
+	cpus_read_unlock();
+	return err;
+}
+
+/**
+ * virtio_guard_msr_lock - rules for MSRs, until the next system reset
+ * @rules: what is to happen to accesses to MSRs, see docs/msr.md
+ * @count: entries in @rules
+ * @index: out: the entry that an error is about, or %VIRTIO_GUARD_NO_INDEX
+ * @generation: out: the generation in which it holds; 0 on error
+ *
+ * Adds to the rules that hold already. All of them or, on error, none. Once this
+ * returns 0, every vCPU is bound by them. CPUs neither come nor go meanwhile:
+ * not to be called by what brings them up or down.
+ *
+ * Return: as virtio_guard_lock(); -EOPNOTSUPP with no @index when the host has
+ * no rules for MSRs.
+ */
+int virtio_guard_msr_lock(const struct guard_msr *rules, u32 count, u32 *index,
+			  u64 *generation)
+{
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_MSR_LOCK,
+		.count = count,
+		.msrs = rules,
+	};
+
+	return guard_ask_msrs(&ask, index, generation);
+}
+EXPORT_SYMBOL_GPL(virtio_guard_msr_lock);
+
+/**
+ * virtio_guard_msr_protect - rules for MSRs, for as long as wanted
+ * @rules: what is to happen to accesses to MSRs; no action: allow
+ * @count: entries in @rules
+ * @index: out: the entry that an error is about, or %VIRTIO_GUARD_NO_INDEX
+ * @generation: out: the generation in which it holds; 0 on error
+ *
+ * Takes the place of the rules that hold for the same MSRs and accesses.
+ *
+ * Return: as virtio_guard_msr_lock(); -EPERM when it would loosen a rule that
+ * is locked or sealed.
+ */
+int virtio_guard_msr_protect(const struct guard_msr *rules, u32 count,
+			     u32 *index, u64 *generation)
+{
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_MSR_PROTECT,
+		.count = count,
+		.msrs = rules,
+	};
+
+	return guard_ask_msrs(&ask, index, generation);
+}
+EXPORT_SYMBOL_GPL(virtio_guard_msr_protect);
+
+/**
+ * guard_msr_bitmap - as virtio_guard_msr_protect(), with bitmaps
+ * @bitmaps: each a struct virtio_guard_msr_bitmap and its bytes
+ * @bytes: how many bytes they are, at most %GUARD_BITMAPS_LEN
+ * @count: how many bitmaps they are
+ * @index: out: the bitmap that an error is about, or %VIRTIO_GUARD_NO_INDEX
+ * @generation: out: the generation in which it holds; 0 on error
+ *
+ * Return: as virtio_guard_msr_protect().
+ */
+int guard_msr_bitmap(const void *bitmaps, size_t bytes, u32 count, u32 *index,
+		     u64 *generation)
+{
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_MSR_BITMAP,
+		.count = count,
+		.bytes = bitmaps,
+		.len = bytes,
+	};
+
+	return guard_ask_msrs(&ask, index, generation);
+}
+
+static int guard_msr_query_take(const struct guard_request *r,
+				struct guard_msr *rules, u32 room)
+{
+	const struct virtio_guard_msr *entry = (const void *)(r->resp + 1);
+	u32 i;
+
+	if (r->answered != min_t(u64, r->value, room))
+		return -EIO;
+	for (i = 0; i < r->answered; i++) {
+		rules[i].first = le32_to_cpu(READ_ONCE(entry[i].first));
+		rules[i].last = le32_to_cpu(READ_ONCE(entry[i].last));
+		rules[i].access = le16_to_cpu(READ_ONCE(entry[i].access));
+		rules[i].action = le16_to_cpu(READ_ONCE(entry[i].action));
+		rules[i].flags = le32_to_cpu(READ_ONCE(entry[i].flags));
+		rules[i].mask = le64_to_cpu(READ_ONCE(entry[i].mask));
+	}
+	return 0;
+}
+
+/**
+ * virtio_guard_msr_query - the guest's rules for MSRs
+ * @first: the first MSR
+ * @last: the last MSR
+ * @access: of reads, writes or both: VIRTIO_GUARD_MSR_*
+ * @rules: out: the rules that hold, sorted by MSR
+ * @count: in: entries that @rules has room for; out: entries filled, at most
+ *         4096; 0 on error
+ * @total: out: how many there are; 0 on error
+ *
+ * Return: as virtio_guard_msr_lock().
+ */
+int virtio_guard_msr_query(u32 first, u32 last, u16 access,
+			   struct guard_msr *rules, u32 *count, u64 *total)
+{
+	const struct guard_msr all = {
+		.first = first,
+		.last = last,
+		.access = access,
+	};
+	const struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_MSR_QUERY,
+		.count = 1,
+		.msrs = &all,
+		.room = min_t(u32, *count, GUARD_MAX_RANGES),
+	};
+	struct guard_request *r;
+	int err;
+
+	*count = 0;
+	*total = 0;
+	r = guard_ask_query(&ask);
+	if (IS_ERR(r))
+		return PTR_ERR(r);
+	err = guard_msr_query_take(r, rules, ask.room);
+	if (!err) {
+		*count = r->answered;
+		*total = r->value;
+	}
+	guard_request_put(r);
+	return err;
+}
+EXPORT_SYMBOL_GPL(virtio_guard_msr_query);

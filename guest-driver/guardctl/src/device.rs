@@ -78,6 +78,10 @@ pub(crate) struct Info {
     pub(crate) violations: u64,
     pub(crate) events_lost: u64,
     pub(crate) malformed: u64,
+    #[allow(dead_code)]
+    max_msr_ranges: u32,
+    #[allow(dead_code)]
+    msr_ranges_in_force: u32,
 }
 
 /// Why a request was refused.
@@ -244,7 +248,7 @@ mod tests {
     #[test]
     fn the_calls_have_the_numbers_of_the_header() {
         assert_eq!(LOCK, 0xc018_47e0);
-        assert_eq!(INFO, 0x8048_47e1);
+        assert_eq!(INFO, 0x8050_47e1);
         assert_eq!(PROTECT, 0xc018_47e2);
         assert_eq!(SEAL, 0x8008_47e3);
         assert_eq!(QUERY, 0xc028_47e4);

@@ -307,13 +307,14 @@ static int show_info(int fd)
 	printf("version %u\npage_size %u\ndeny_bits %#llx\naudit_bits %#llx\n"
 	       "max_request_ranges %u\nmax_ranges %u\ngeneration %llu\n"
 	       "ranges_in_force %u\nviolations %llu\nevents_lost %llu\n"
-	       "malformed %llu\n", i.version, i.page_size,
-	       (unsigned long long)i.deny_bits,
+	       "malformed %llu\nmax_msr_ranges %u\nmsr_ranges_in_force %u\n",
+	       i.version, i.page_size, (unsigned long long)i.deny_bits,
 	       (unsigned long long)i.audit_bits, i.max_request_ranges,
 	       i.max_ranges, (unsigned long long)i.generation,
 	       i.ranges_in_force, (unsigned long long)i.violations,
 	       (unsigned long long)i.events_lost,
-	       (unsigned long long)i.malformed);
+	       (unsigned long long)i.malformed, i.max_msr_ranges,
+	       i.msr_ranges_in_force);
 	return 0;
 }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only WITH Linux-syscall-note */
 /*
- * Guard: protection of guest memory that the guest itself cannot take back.
+ * Guard: protection of guest memory, and of MSRs, that the guest itself cannot
+ * take back.
  *
  * The first half is the virtio device, whose specification is docs/device.md;
  * the second half is what /dev/guard offers to user space.
@@ -22,6 +23,8 @@
 #define VIRTIO_GUARD_F_NOEXEC_KERNEL	3
 /* This host can watch accesses. */
 #define VIRTIO_GUARD_F_AUDIT		4
+/* This host enforces rules for MSRs. */
+#define VIRTIO_GUARD_F_MSR		5
 
 #define VIRTIO_GUARD_VERSION		1
 
@@ -43,6 +46,12 @@ struct virtio_guard_config {
 	__le64 malformed;
 	/* The deny bits that the host can watch instead of denying. */
 	__le64 audit_bits;
+	/*
+	 * Disjoint ranges of MSRs that rules may speak of, reads and writes
+	 * counted each for itself: at most (0 without VIRTIO_GUARD_F_MSR), now.
+	 */
+	__le32 max_msr_ranges;
+	__le32 msr_ranges_in_force;
 };
 
 /* Types of request, queue 0. */
@@ -50,6 +59,10 @@ struct virtio_guard_config {
 #define VIRTIO_GUARD_T_PROTECT		2
 #define VIRTIO_GUARD_T_SEAL		3
 #define VIRTIO_GUARD_T_QUERY		4
+#define VIRTIO_GUARD_T_MSR_LOCK		5
+#define VIRTIO_GUARD_T_MSR_PROTECT	6
+#define VIRTIO_GUARD_T_MSR_BITMAP	7
+#define VIRTIO_GUARD_T_MSR_QUERY	8
 
 /* Deny bits. */
 #define VIRTIO_GUARD_NOWRITE		(1ULL << 0)
@@ -68,6 +81,44 @@ struct virtio_guard_range {
 	__le64 attributes;
 };
 
+/* What a rule for MSRs speaks of. */
+#define VIRTIO_GUARD_MSR_READ		1
+#define VIRTIO_GUARD_MSR_WRITE		2
+
+/* virtio_guard_msr.action; none of them allows. LOG may stand beside PIN. */
+#define VIRTIO_GUARD_MSR_LOG		1
+#define VIRTIO_GUARD_MSR_PIN		2
+#define VIRTIO_GUARD_MSR_DENY		4
+
+/* virtio_guard_msr.flags: told by MSR_QUERY, not asked for. */
+#define VIRTIO_GUARD_MSR_IMMUTABLE	0x80000000U
+
+/* The entry of MSR_LOCK, MSR_PROTECT and MSR_QUERY. */
+struct virtio_guard_msr {
+	__le32 first;
+	/* Inclusive. */
+	__le32 last;
+	__le16 access;
+	__le16 action;
+	__le32 flags;
+	/* Of PIN: the bits that are pinned; else 0. */
+	__le64 mask;
+};
+
+/* Head of a bitmap of MSR_BITMAP, which is followed by up to 0x600 bytes. */
+struct virtio_guard_msr_bitmap {
+	/* VIRTIO_GUARD_MSR_READ, VIRTIO_GUARD_MSR_WRITE. */
+	__le32 flags;
+	/* Bits, at most 12288; the bytes are whole times 8. */
+	__le32 nmsrs;
+	/* MSR of bit 0. A set bit allows. */
+	__le32 base;
+	__le32 pad;
+};
+
+#define VIRTIO_GUARD_MSR_BITMAPS_MAX	16
+#define VIRTIO_GUARD_MSR_BITMAP_BYTES	0x600
+
 struct virtio_guard_req {
 	__le16 type;
 	__le16 flags;
@@ -82,12 +133,14 @@ struct virtio_guard_resp {
 	/* 0 or a positive errno. */
 	__le32 status;
 	__le32 index;
-	/* The generation; of a QUERY, how many entries there are. */
+	/* The generation; of a query, how many entries there are. */
 	__le64 value;
 };
 
 /* Events, queue 1. */
 #define VIRTIO_GUARD_EV_VIOLATION	1
+/* The same for an MSR, whose number is in virtio_guard_event.gpa. */
+#define VIRTIO_GUARD_EV_MSR		2
 
 #define VIRTIO_GUARD_ACCESS_WRITE	1
 #define VIRTIO_GUARD_ACCESS_EXEC	2
@@ -184,6 +237,63 @@ struct guard_query {
 };
 
 /**
+ * struct guard_msr - MSRs, and the guest's rule for them
+ * @first: first MSR
+ * @last: last MSR, inclusive
+ * @access: VIRTIO_GUARD_MSR_READ, VIRTIO_GUARD_MSR_WRITE, or both
+ * @action: VIRTIO_GUARD_MSR_LOG, _PIN, _DENY; 0: allow
+ * @flags: 0; of what GUARD_IOC_MSR_QUERY fills, VIRTIO_GUARD_MSR_IMMUTABLE
+ * @mask: of VIRTIO_GUARD_MSR_PIN, the bits that are pinned; else 0
+ */
+struct guard_msr {
+	__u32 first;
+	__u32 last;
+	__u16 access;
+	__u16 action;
+	__u32 flags;
+	__u64 mask;
+};
+
+/**
+ * struct guard_msr_bitmap - argument of GUARD_IOC_MSR_BITMAP
+ * @bitmaps: in: address of the bitmaps, one after the other: a struct
+ *           virtio_guard_msr_bitmap and its bytes, little-endian
+ * @bytes: in: how many bytes they are
+ * @count: in: how many bitmaps they are
+ * @index: out: the bitmap that an error is about, or VIRTIO_GUARD_NO_INDEX
+ * @reserved: in: 0
+ * @generation: out: the generation in which it holds; 0 on error
+ */
+struct guard_msr_bitmap {
+	__u64 bitmaps;
+	__u32 bytes;
+	__u32 count;
+	__u32 index;
+	__u32 reserved;
+	__u64 generation;
+};
+
+/**
+ * struct guard_msr_query - argument of GUARD_IOC_MSR_QUERY
+ * @first: in: first MSR
+ * @last: in: last MSR, inclusive
+ * @msrs: in: address of an array of struct guard_msr, to be filled
+ * @count: in: entries that the array has room for; out: entries filled
+ * @access: in: VIRTIO_GUARD_MSR_READ, VIRTIO_GUARD_MSR_WRITE, or both
+ * @total: out: how many entries there are
+ *
+ * Sorted by @first, of the same the reads first. One call fills 4096 at most.
+ */
+struct guard_msr_query {
+	__u32 first;
+	__u32 last;
+	__u64 msrs;
+	__u32 count;
+	__u32 access;
+	__u64 total;
+};
+
+/**
  * struct guard_info - argument of GUARD_IOC_INFO; see struct virtio_guard_config
  * @version: of the device
  * @page_size: 4096
@@ -197,6 +307,9 @@ struct guard_query {
  * @violations: accesses refused, or seen where they are watched, so far
  * @events_lost: events that were dropped because nobody took them
  * @malformed: chains that the device returned unanswered
+ * @max_msr_ranges: most disjoint ranges of MSRs that rules may speak of; 0: this
+ *                  host has no rules for MSRs
+ * @msr_ranges_in_force: how many they speak of now
  */
 struct guard_info {
 	__u32 version;
@@ -211,18 +324,21 @@ struct guard_info {
 	__u64 violations;
 	__u64 events_lost;
 	__u64 malformed;
+	__u32 max_msr_ranges;
+	__u32 msr_ranges_in_force;
 };
 
 /**
  * struct guard_event - what read() gives: one access
- * @type: VIRTIO_GUARD_EV_VIOLATION
+ * @type: VIRTIO_GUARD_EV_VIOLATION, VIRTIO_GUARD_EV_MSR
  * @access: VIRTIO_GUARD_ACCESS_*
  * @source: vCPU number, or VIRTIO_GUARD_SOURCE_DMA
  * @action: VIRTIO_GUARD_ACTION_*
- * @gpa: guest-physical address of the access
+ * @gpa: guest-physical address of the access, or the MSR's number
  * @gva: linear address, or VIRTIO_GUARD_UNKNOWN
  * @rip: instruction pointer, or VIRTIO_GUARD_UNKNOWN
- * @value: what was to be written, up to 8 bytes; 0 when not known
+ * @value: what was to be written, up to 8 bytes; 0 when not known. Of a logged
+ *         read of an MSR, what it gave
  * @size: bytes of the access; 0 when not known
  * @times: how often this was seen since it was last told
  * @dropped: events before this one that this file had no room for
@@ -250,7 +366,8 @@ struct guard_event {
  * then on until the next system reset.
  * GUARD_IOC_PROTECT: set the attributes of the pages; 0 frees them. EPERM where
  * that would take something back from pages that were locked or sealed.
- * GUARD_IOC_SEAL: what has attributes now can only grow from then on.
+ * GUARD_IOC_SEAL: what has attributes now can only grow from then on; rules for
+ * MSRs that hold now can only get stricter.
  *
  * All of the ranges or, on error, none. 0 means that every vCPU and every
  * emulated device is bound by it. EINTR (only after a fatal signal) means that
@@ -258,6 +375,12 @@ struct guard_event {
  * is gone. EOPNOTSUPP: this host cannot do that.
  *
  * GUARD_IOC_QUERY: what holds on pages.
+ *
+ * GUARD_IOC_MSR_LOCK, GUARD_IOC_MSR_PROTECT, GUARD_IOC_MSR_QUERY: the same for
+ * MSRs; guard_lock.ranges is the address of an array of struct guard_msr.
+ * GUARD_IOC_MSR_BITMAP: as GUARD_IOC_MSR_PROTECT, with bitmaps. docs/msr.md says
+ * what rules mean. No CPU comes or goes while one of these is carried out (but
+ * for queries). EOPNOTSUPP without an index: this host has no rules for MSRs.
  *
  * read() gives whole records of struct guard_event, as many as fit, from all
  * that happened since open(); the file keeps 256 of them, and counts those that
@@ -271,5 +394,9 @@ struct guard_event {
 #define GUARD_IOC_PROTECT	_IOWR('G', 0xe2, struct guard_lock)
 #define GUARD_IOC_SEAL		_IOR('G', 0xe3, struct guard_seal)
 #define GUARD_IOC_QUERY		_IOWR('G', 0xe4, struct guard_query)
+#define GUARD_IOC_MSR_LOCK	_IOWR('G', 0xe5, struct guard_lock)
+#define GUARD_IOC_MSR_PROTECT	_IOWR('G', 0xe6, struct guard_lock)
+#define GUARD_IOC_MSR_BITMAP	_IOWR('G', 0xe7, struct guard_msr_bitmap)
+#define GUARD_IOC_MSR_QUERY	_IOWR('G', 0xe8, struct guard_msr_query)
 
 #endif /* _UAPI_LINUX_VIRTIO_GUARD_H */
