@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
 
+use crate::device::MsrEntry;
+use crate::msr::{self, Access, Action, Msrs};
 use crate::range::{Range, Rights};
 
 /// Protects this guest's memory, from outside the guest's kernel.
@@ -40,6 +42,7 @@ Examples:
   guardctl protect --deny write --audit exec gfn:5+2  the same for as long as you want; tell of exec
   guardctl protect --deny none gfn:5+2                and back
   guardctl query                                      what is protected
+  guardctl msr lock --action pin LSTAR                the system call entry, until the next reset
   guardctl events --follow                            what was tried
 
 Exit status: 0 done, 1 refused or failed (one line says why), 2 a wrong command line."
@@ -96,6 +99,14 @@ pub(crate) enum Command {
         ranges: Vec<Range>,
     },
 
+    /// Rules for MSRs.
+    ///
+    /// MSR is a number or one of STAR, LSTAR, CSTAR, SFMASK, SYSENTER_CS, SYSENTER_ESP,
+    /// SYSENTER_EIP, PAT, APIC_BASE, EFER; or a range of either, A-B. docs/msr.md says what rules
+    /// mean, and what a Linux can do without.
+    #[command(subcommand)]
+    Msr(MsrCommand),
+
     /// Show accesses that were refused or watched.
     ///
     /// Those from now on: what happened before is in the kernel's log. Waits for the first, prints
@@ -109,6 +120,71 @@ pub(crate) enum Command {
         #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
     },
+}
+
+/// What to do about MSRs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum MsrCommand {
+    /// Add rules, until the next system reset.
+    ///
+    /// Rules that hold already only get stricter.
+    Lock(MsrRequest),
+
+    /// Set rules, until told otherwise.
+    ///
+    /// `--action allow` removes what holds, as long as it is neither locked nor sealed.
+    Protect(MsrRequest),
+
+    /// Show the guest's rules. What the host's own say is not told.
+    Query {
+        /// Of which MSRs [default: all].
+        #[arg(value_name = "MSR")]
+        msrs: Vec<Msrs>,
+    },
+
+    /// Set rules by the bitmaps in a file: allow where a bit is set, deny where it is clear.
+    Bitmap {
+        /// The bitmaps, one after the other, as in docs/msr.md.
+        file: PathBuf,
+    },
+}
+
+/// What `msr lock` and `msr protect` take.
+#[derive(Args, Debug)]
+pub(crate) struct MsrRequest {
+    /// What becomes of the accesses.
+    #[arg(long, value_enum)]
+    action: Action,
+
+    /// Which accesses [default, and all there is, of pin: write].
+    #[arg(long, value_enum)]
+    access: Option<Access>,
+
+    /// The bits that are pinned [default: all].
+    #[arg(long, value_name = "BITS", value_parser = msr::mask)]
+    mask: Option<u64>,
+
+    /// Report the writes that a pin lets through, too.
+    #[arg(long)]
+    log: bool,
+
+    /// Which MSRs; see `guardctl msr --help`.
+    #[arg(value_name = "MSR", required = true)]
+    pub(crate) msrs: Vec<Msrs>,
+}
+
+impl MsrRequest {
+    /// The entries.
+    ///
+    /// # Errors
+    ///
+    /// The options make no sense together.
+    pub(crate) fn entries(&self) -> Result<Vec<MsrEntry>, String> {
+        self.msrs
+            .iter()
+            .map(|msrs| msr::entry(*msrs, self.action, self.access, self.mask, self.log))
+            .collect()
+    }
 }
 
 /// What `lock` and `protect` take.
@@ -196,6 +272,12 @@ mod tests {
             &["query", "0x1000"],
             &["events", "--count", "0"],
             &["info", "more"],
+            &["msr"],
+            &["msr", "lock", "LSTAR"],
+            &["msr", "lock", "--action", "pin"],
+            &["msr", "lock", "--action", "emulate", "LSTAR"],
+            &["msr", "lock", "--action", "pin", "--mask", "x", "LSTAR"],
+            &["msr", "bitmap"],
         ] {
             assert_eq!(parse(args).unwrap_err().exit_code(), 2, "{args:?}");
         }

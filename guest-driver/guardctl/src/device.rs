@@ -12,6 +12,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, Updater, ioctl, opcode};
 
+use crate::msr::{Access, Msrs};
 use crate::range::Range;
 
 const LOCK: Opcode = opcode::read_write::<RawLock>(b'G', 0xe0);
@@ -19,6 +20,10 @@ const INFO: Opcode = opcode::read::<Info>(b'G', 0xe1);
 const PROTECT: Opcode = opcode::read_write::<RawLock>(b'G', 0xe2);
 const SEAL: Opcode = opcode::read::<RawSeal>(b'G', 0xe3);
 const QUERY: Opcode = opcode::read_write::<RawQuery>(b'G', 0xe4);
+const MSR_LOCK: Opcode = opcode::read_write::<RawLock>(b'G', 0xe5);
+const MSR_PROTECT: Opcode = opcode::read_write::<RawLock>(b'G', 0xe6);
+const MSR_BITMAP: Opcode = opcode::read_write::<RawMsrBitmap>(b'G', 0xe7);
+const MSR_QUERY: Opcode = opcode::read_write::<RawMsrQuery>(b'G', 0xe8);
 
 const NO_INDEX: u32 = u32::MAX;
 /// Most entries that one query fills.
@@ -34,6 +39,18 @@ pub(crate) struct Entry {
     pub(crate) last: u64,
     /// Deny bits, audit bits and, told by a query, whether it is immutable.
     pub(crate) attributes: u64,
+}
+
+/// `struct guard_msr`: MSRs, and the rule for them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct MsrEntry {
+    pub(crate) first: u32,
+    pub(crate) last: u32,
+    pub(crate) access: u16,
+    pub(crate) action: u16,
+    pub(crate) flags: u32,
+    pub(crate) mask: u64,
 }
 
 /// `struct guard_lock`
@@ -62,6 +79,28 @@ struct RawQuery {
     total: u64,
 }
 
+/// `struct guard_msr_bitmap`
+#[repr(C)]
+struct RawMsrBitmap {
+    bitmaps: u64,
+    bytes: u32,
+    count: u32,
+    index: u32,
+    reserved: u32,
+    generation: u64,
+}
+
+/// `struct guard_msr_query`
+#[repr(C)]
+struct RawMsrQuery {
+    first: u32,
+    last: u32,
+    msrs: u64,
+    count: u32,
+    access: u32,
+    total: u64,
+}
+
 /// `struct guard_info`
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,10 +117,8 @@ pub(crate) struct Info {
     pub(crate) violations: u64,
     pub(crate) events_lost: u64,
     pub(crate) malformed: u64,
-    #[allow(dead_code)]
-    max_msr_ranges: u32,
-    #[allow(dead_code)]
-    msr_ranges_in_force: u32,
+    pub(crate) max_msr_ranges: u32,
+    pub(crate) msr_ranges_in_force: u32,
 }
 
 /// Why a request was refused.
@@ -102,6 +139,7 @@ impl From<Errno> for Refusal {
 /// `struct guard_event`: an access that was refused or watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Event {
+    pub(crate) kind: u32,
     pub(crate) access: u32,
     pub(crate) source: u32,
     pub(crate) action: u32,
@@ -124,6 +162,7 @@ impl Event {
         let u32_at = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
         let u64_at = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
         Self {
+            kind: u32_at(0),
             access: u32_at(4),
             source: u32_at(8),
             action: u32_at(12),
@@ -161,23 +200,41 @@ impl Device {
 
     /// Denies until the next system reset; returns the generation.
     pub(crate) fn lock(&self, entries: &[Entry]) -> Result<u64, Refusal> {
-        self.request::<LOCK>(entries)
+        // SAFETY: LOCK reads entries of struct guard_range, of which Entry is the image.
+        unsafe { self.request::<LOCK, _>(entries) }
     }
 
     /// Sets what is denied; returns the generation.
     pub(crate) fn protect(&self, entries: &[Entry]) -> Result<u64, Refusal> {
-        self.request::<PROTECT>(entries)
+        // SAFETY: PROTECT does, too.
+        unsafe { self.request::<PROTECT, _>(entries) }
     }
 
-    fn request<const OPCODE: Opcode>(&self, entries: &[Entry]) -> Result<u64, Refusal> {
+    /// Rules for MSRs, until the next system reset; returns the generation.
+    pub(crate) fn msr_lock(&self, entries: &[MsrEntry]) -> Result<u64, Refusal> {
+        // SAFETY: MSR_LOCK reads entries of struct guard_msr, of which MsrEntry is the image.
+        unsafe { self.request::<MSR_LOCK, _>(entries) }
+    }
+
+    /// Sets rules for MSRs; returns the generation.
+    pub(crate) fn msr_protect(&self, entries: &[MsrEntry]) -> Result<u64, Refusal> {
+        // SAFETY: MSR_PROTECT does, too.
+        unsafe { self.request::<MSR_PROTECT, _>(entries) }
+    }
+
+    /// # Safety
+    ///
+    /// OPCODE must be a call that takes a struct guard_lock, and reads entries of which `T` is the
+    /// image.
+    unsafe fn request<const OPCODE: Opcode, T>(&self, entries: &[T]) -> Result<u64, Refusal> {
         let mut request = RawLock {
             ranges: entries.as_ptr() as u64,
             count: u32::try_from(entries.len()).map_err(|_| Errno::TOOBIG)?,
             index: NO_INDEX,
             generation: 0,
         };
-        // SAFETY: LOCK and PROTECT read and write a struct guard_lock, of which RawLock is the
-        // image, and read `count` entries at `ranges`, which `entries` has for that long.
+        // SAFETY: the call reads and writes a struct guard_lock, of which RawLock is the image,
+        // and reads `count` entries at `ranges`, which `entries` has for that long.
         let result = unsafe { ioctl(&self.0, Updater::<OPCODE, RawLock>::new(&mut request)) };
         result.map_err(|errno| Refusal {
             errno,
@@ -226,6 +283,54 @@ impl Device {
         }
     }
 
+    /// Sets rules for MSRs by bitmaps; returns the generation.
+    pub(crate) fn msr_bitmap(&self, bitmaps: &[u8], count: u32) -> Result<u64, Refusal> {
+        let mut request = RawMsrBitmap {
+            bitmaps: bitmaps.as_ptr() as u64,
+            bytes: u32::try_from(bitmaps.len()).map_err(|_| Errno::TOOBIG)?,
+            count,
+            index: NO_INDEX,
+            reserved: 0,
+            generation: 0,
+        };
+        // SAFETY: MSR_BITMAP reads and writes a struct guard_msr_bitmap, of which RawMsrBitmap is
+        // the image, and reads `bytes` bytes at `bitmaps`, which is there for that long.
+        let result = unsafe {
+            ioctl(
+                &self.0,
+                Updater::<MSR_BITMAP, RawMsrBitmap>::new(&mut request),
+            )
+        };
+        result.map_err(|errno| Refusal {
+            errno,
+            index: (request.index != NO_INDEX).then_some(request.index as usize),
+        })?;
+        Ok(request.generation)
+    }
+
+    /// The guest's rules for MSRs.
+    pub(crate) fn msr_query(&self, msrs: Msrs) -> Result<Vec<MsrEntry>, Errno> {
+        let mut buffer = vec![MsrEntry::default(); QUERY_ROOM];
+        let mut query = RawMsrQuery {
+            first: msrs.first,
+            last: msrs.last,
+            msrs: buffer.as_mut_ptr() as u64,
+            count: QUERY_ROOM as u32,
+            access: Access::ReadWrite.bits().into(),
+            total: 0,
+        };
+        // SAFETY: MSR_QUERY reads and writes a struct guard_msr_query, of which RawMsrQuery is the
+        // image, and writes at most `count` entries at `msrs`, which `buffer` has; any bits make
+        // an MsrEntry.
+        unsafe { ioctl(&self.0, Updater::<MSR_QUERY, RawMsrQuery>::new(&mut query)) }?;
+        // More than fit cannot be told apart at an MSR that two rules speak of: nobody has so many.
+        if query.total > u64::from(query.count) || query.count as usize > buffer.len() {
+            return Err(Errno::OVERFLOW);
+        }
+        buffer.truncate(query.count as usize);
+        Ok(buffer)
+    }
+
     /// Waits for events and returns those that are there.
     pub(crate) fn events(&mut self) -> io::Result<Vec<Event>> {
         let mut buffer = [0; 64 * Event::SIZE];
@@ -252,6 +357,10 @@ mod tests {
         assert_eq!(PROTECT, 0xc018_47e2);
         assert_eq!(SEAL, 0x8008_47e3);
         assert_eq!(QUERY, 0xc028_47e4);
+        assert_eq!(MSR_LOCK, 0xc018_47e5);
+        assert_eq!(MSR_PROTECT, 0xc018_47e6);
+        assert_eq!(MSR_BITMAP, 0xc020_47e7);
+        assert_eq!(MSR_QUERY, 0xc020_47e8);
     }
 
     #[test]
@@ -282,6 +391,7 @@ mod tests {
         assert_eq!(
             Event::from_bytes(&bytes),
             Event {
+                kind: 1,
                 access: 2,
                 source: 3,
                 action: 4,

@@ -8,6 +8,7 @@ use std::path::Path;
 use rustix::io::Errno;
 
 use crate::device::{Info, Refusal};
+use crate::msr::Msrs;
 use crate::range::{Range, Rights};
 
 /// The device could not be opened.
@@ -35,6 +36,51 @@ pub(crate) fn refusal(
         index + 1,
         entry(refusal.errno, info)
     )
+}
+
+/// A request about MSRs was refused. `command` is its name.
+pub(crate) fn msr_refusal(
+    command: &str,
+    refusal: Refusal,
+    msrs: &[Msrs],
+    info: Option<&Info>,
+) -> String {
+    let errno = refusal.errno;
+    let Some((index, msrs)) = refusal.index.and_then(|i| Some((i, msrs.get(i)?))) else {
+        return format!("msr {command}: {}", msr_whole(errno, refusal.index, info));
+    };
+    let why = match errno {
+        Errno::PERM => "it is locked or sealed, which this would loosen: only a system reset \
+                        ends that"
+            .into(),
+        Errno::OPNOTSUPP => "this host cannot enforce that (see docs/msr.md)".into(),
+        errno => msr_whole(errno, None, info),
+    };
+    format!(
+        "msr {command}: MSR {} ({msrs}): {why}; nothing was changed",
+        index + 1
+    )
+}
+
+/// What an errno means that is about no MSR, but perhaps about a bitmap.
+fn msr_whole(errno: Errno, bitmap: Option<usize>, info: Option<&Info>) -> String {
+    let why = match errno {
+        Errno::OPNOTSUPP if bitmap.is_none() => "this host has no rules for MSRs".into(),
+        Errno::OPNOTSUPP => "this host cannot enforce that (see docs/msr.md)".into(),
+        Errno::PERM if bitmap.is_some() => {
+            "it would loosen a rule that is locked or sealed: only a system reset ends that".into()
+        }
+        Errno::TOOBIG => "more rules than one request takes".into(),
+        Errno::INVAL => "the host calls it invalid (see docs/msr.md)".into(),
+        Errno::NOSPC => "the host has no room for more: at most 64 MSRs can be pinned, and what \
+                         rules speak of has to fit into KVM's filter"
+            .into(),
+        errno => whole(errno, info),
+    };
+    match bitmap {
+        Some(index) => format!("bitmap {}: {why}; nothing was changed", index + 1),
+        None => why,
+    }
 }
 
 /// A call that is about no range failed.
@@ -132,11 +178,38 @@ mod tests {
         assert!(said(Errno::PERM, Some(2)).contains("root"));
     }
 
+    fn msr_said(errno: Errno, index: Option<usize>) -> String {
+        let msrs = ["LSTAR".parse().unwrap()];
+        msr_refusal("lock", Refusal { errno, index }, &msrs, None)
+    }
+
+    #[test]
+    fn the_msr_at_fault_is_named() {
+        assert_eq!(
+            msr_said(Errno::OPNOTSUPP, Some(0)),
+            "msr lock: MSR 1 (0xc0000082): this host cannot enforce that (see docs/msr.md); \
+             nothing was changed"
+        );
+        assert!(msr_said(Errno::OPNOTSUPP, None).contains("no rules for MSRs"));
+        assert!(msr_said(Errno::PERM, None).contains("root"));
+        let bitmap = msr_refusal(
+            "bitmap",
+            Refusal {
+                errno: Errno::INVAL,
+                index: Some(2),
+            },
+            &[],
+            None,
+        );
+        assert!(bitmap.starts_with("msr bitmap: bitmap 3: "), "{bitmap}");
+    }
+
     #[test]
     fn every_line_is_one_line() {
         for n in 1..200 {
             for index in [None, Some(0)] {
-                let line = said(Errno::from_raw_os_error(n), index);
+                let errno = Errno::from_raw_os_error(n);
+                let line = said(errno, index) + &msr_said(errno, index);
                 assert!(!line.contains('\n') && !line.contains("  "), "{line}");
             }
         }

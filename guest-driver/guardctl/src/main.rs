@@ -12,12 +12,14 @@ mod cli;
 mod device;
 mod explain;
 mod json;
+mod msr;
 mod range;
 mod report;
 
-use cli::{Cli, Command, Request};
-use device::{Device, Entry, Refusal};
+use cli::{Cli, Command, MsrCommand, MsrRequest, Request};
+use device::{Device, Entry, MsrEntry, Refusal};
 use json::Json;
+use msr::Msrs;
 use range::Range;
 
 /// Why the program ends early.
@@ -100,8 +102,72 @@ fn run(cli: &Cli) -> Result<(), Failure> {
                 report::entries_json(&found),
             )
         }
+        Command::Msr(command) => run_msr(cli, command),
         Command::Events { follow, count } => events(cli, *follow, *count),
     }
+}
+
+fn run_msr(cli: &Cli, command: &MsrCommand) -> Result<(), Failure> {
+    match command {
+        MsrCommand::Lock(request) => change_rules(cli, "lock", "locked", request, Device::msr_lock),
+        MsrCommand::Protect(request) => {
+            change_rules(cli, "protect", "set", request, Device::msr_protect)
+        }
+        MsrCommand::Query { msrs } => {
+            let device = open(cli)?;
+            let mut found = Vec::new();
+            let all = [Msrs::ALL];
+            for msrs in if msrs.is_empty() { &all } else { &msrs[..] } {
+                found.extend(device.msr_query(*msrs).map_err(|errno| {
+                    Failure::Refused(explain::msr_refusal("query", errno.into(), &[], None))
+                })?);
+            }
+            print(cli, report::rules_text(&found), report::rules_json(&found))
+        }
+        MsrCommand::Bitmap { file } => {
+            let broken = |why: String| Failure::Refused(format!("{}: {why}", file.display()));
+            let bytes = std::fs::read(file).map_err(|error| broken(error.to_string()))?;
+            let count = msr::count_bitmaps(&bytes).map_err(broken)?;
+            let device = open(cli)?;
+            let generation = device.msr_bitmap(&bytes, count).map_err(|refusal| {
+                let info = device.info().ok();
+                Failure::Refused(explain::msr_refusal("bitmap", refusal, &[], info.as_ref()))
+            })?;
+            let s = if count == 1 { "" } else { "s" };
+            print(
+                cli,
+                report::rules_done_text(&format!("set what {count} bitmap{s} say"), generation),
+                report::rules_done_json(count.into(), generation),
+            )
+        }
+    }
+}
+
+/// One request for MSRs, and what became of it.
+fn change_rules(
+    cli: &Cli,
+    command: &str,
+    verb: &str,
+    request: &MsrRequest,
+    ask: impl Fn(&Device, &[MsrEntry]) -> Result<u64, Refusal>,
+) -> Result<(), Failure> {
+    let entries = request.entries().map_err(Failure::Usage)?;
+    let device = open(cli)?;
+    let generation = ask(&device, &entries).map_err(|refusal| {
+        let info = device.info().ok();
+        Failure::Refused(explain::msr_refusal(
+            command,
+            refusal,
+            &request.msrs,
+            info.as_ref(),
+        ))
+    })?;
+    let (count, s) = (entries.len(), if entries.len() == 1 { "" } else { "s" });
+    print(
+        cli,
+        report::rules_done_text(&format!("{verb} {count} rule{s}"), generation),
+        report::rules_done_json(count as u64, generation),
+    )
 }
 
 fn open(cli: &Cli) -> Result<Device, Failure> {

@@ -4,13 +4,16 @@
 
 use std::fmt::Write;
 
-use crate::device::{Entry, Event, Info};
+use crate::device::{Entry, Event, Info, MsrEntry};
 use crate::json::Json;
+use crate::msr;
 use crate::range::{Range, Rights};
 
 /// A source, address or instruction pointer that is none.
 const FROM_DEVICE: u32 = u32::MAX;
 const UNKNOWN: u64 = u64::MAX;
+/// An event's kind: an access to an MSR, whose number is where else the address is.
+const OF_MSR: u32 = 2;
 
 /// The configuration, as "name value" lines.
 pub(crate) fn info_text(info: &Info) -> String {
@@ -21,6 +24,14 @@ pub(crate) fn info_text(info: &Info) -> String {
         ("ranges in force", info.ranges_in_force.to_string()),
         ("ranges at most", info.max_ranges.to_string()),
         ("ranges in one request", info.max_request_ranges.to_string()),
+        ("MSR ranges in force", info.msr_ranges_in_force.to_string()),
+        (
+            "MSR ranges at most",
+            match info.max_msr_ranges {
+                0 => "this host has no rules for MSRs".into(),
+                most => most.to_string(),
+            },
+        ),
         ("violations", info.violations.to_string()),
         ("events lost", info.events_lost.to_string()),
         ("malformed chains", info.malformed.to_string()),
@@ -48,6 +59,11 @@ pub(crate) fn info_json(info: &Info) -> Json {
             "max_request_ranges",
             Json::Number(info.max_request_ranges.into()),
         ),
+        (
+            "msr_ranges_in_force",
+            Json::Number(info.msr_ranges_in_force.into()),
+        ),
+        ("max_msr_ranges", Json::Number(info.max_msr_ranges.into())),
         ("violations", Json::Number(info.violations)),
         ("events_lost", Json::Number(info.events_lost)),
         ("malformed", Json::Number(info.malformed)),
@@ -133,6 +149,73 @@ pub(crate) fn entries_json(entries: &[Entry]) -> Json {
     Json::Object(vec![("ranges", Json::List(list.collect()))])
 }
 
+/// What a request for MSRs did, as a sentence.
+pub(crate) fn rules_done_text(what: &str, generation: u64) -> String {
+    format!("{what}, in generation {generation}\n")
+}
+
+/// What a request for MSRs did.
+pub(crate) fn rules_done_json(count: u64, generation: u64) -> Json {
+    Json::Object(vec![
+        ("rules", Json::Number(count)),
+        ("generation", Json::Number(generation)),
+    ])
+}
+
+/// The rules for MSRs, as a table.
+pub(crate) fn rules_text(rules: &[MsrEntry]) -> String {
+    if rules.is_empty() {
+        return "there are no rules\n".into();
+    }
+    let mut text = format!(
+        "{:<10} {:<10} {:<13} {:<10} {:<8} {:<18} {}\n",
+        "FIRST", "LAST", "NAME", "ACCESS", "ACTION", "MASK", "FIXED"
+    );
+    for rule in rules {
+        let named = if rule.first == rule.last {
+            msr::name(rule.first)
+        } else {
+            None
+        };
+        let _ = writeln!(
+            text,
+            "{:#010x} {:#010x} {:<13} {:<10} {:<8} {:<18} {}",
+            rule.first,
+            rule.last,
+            named.unwrap_or("-"),
+            rule.access_name(),
+            rule.actions().collect::<Vec<_>>().join(","),
+            match rule.mask {
+                0 => "-".into(),
+                mask => format!("{mask:#018x}"),
+            },
+            if rule.immutable() { "yes" } else { "no" },
+        );
+    }
+    text
+}
+
+/// The rules for MSRs.
+pub(crate) fn rules_json(rules: &[MsrEntry]) -> Json {
+    let list = rules.iter().map(|rule| {
+        Json::Object(vec![
+            ("first", Json::address(rule.first.into())),
+            ("last", Json::address(rule.last.into())),
+            ("access", Json::Text(rule.access_name().into())),
+            ("action", Json::names(rule.actions())),
+            (
+                "mask",
+                match rule.mask {
+                    0 => Json::Null,
+                    mask => Json::address(mask),
+                },
+            ),
+            ("fixed", Json::Bool(rule.immutable())),
+        ])
+    });
+    Json::Object(vec![("rules", Json::List(list.collect()))])
+}
+
 fn access_name(access: u32) -> &'static str {
     match access {
         1 => "write",
@@ -183,19 +266,23 @@ pub(crate) fn event_text(event: &Event, host_lost: u64) -> String {
         FROM_DEVICE => "device".to_string(),
         cpu => format!("vcpu {cpu}"),
     };
+    let address = match event.kind {
+        OF_MSR => format!("msr {:#010x}", event.gpa),
+        _ => format!("{:#018x}", event.gpa),
+    };
     let value = match event.size {
         0 => "-".to_string(),
         size => format!("{:#x} ({size} bytes)", event.value),
     };
     let _ = writeln!(
         text,
-        "{:>7}.{:06}  {:<7} {:<8} {:<8} {:#018x} {:<18} {:<18} {:>6}  {value}",
+        "{:>7}.{:06}  {:<7} {:<8} {:<8} {:<18} {:<18} {:<18} {:>6}  {value}",
         event.time / 1_000_000_000,
         event.time % 1_000_000_000 / 1000,
         access_name(event.access),
         action_name(event.action),
         source,
-        event.gpa,
+        address,
         known(event.gva),
         known(event.rip),
         event.times,
@@ -209,6 +296,13 @@ pub(crate) fn event_json(event: &Event) -> Json {
         UNKNOWN => Json::Null,
         value => Json::address(value),
     };
+    let of_kind = |is: bool| {
+        if is {
+            Json::address(event.gpa)
+        } else {
+            Json::Null
+        }
+    };
     let of_store = |value: Json| if event.size == 0 { Json::Null } else { value };
     Json::Object(vec![
         ("time_ns", Json::Number(event.time)),
@@ -221,7 +315,8 @@ pub(crate) fn event_json(event: &Event) -> Json {
                 cpu => Json::Number(cpu.into()),
             },
         ),
-        ("address", Json::address(event.gpa)),
+        ("address", of_kind(event.kind != OF_MSR)),
+        ("msr", of_kind(event.kind == OF_MSR)),
         ("linear", known(event.gva)),
         ("rip", known(event.rip)),
         ("value", of_store(Json::address(event.value))),
@@ -237,6 +332,7 @@ mod tests {
     use super::*;
 
     const EVENT: Event = Event {
+        kind: 1,
         access: 1,
         source: 2,
         action: 5,
@@ -277,7 +373,7 @@ mod tests {
         );
         assert_eq!(
             event_json(&EVENT).to_string(),
-            r#"{"time_ns":1002003004,"access":"write","action":"audit","vcpu":2,"address":"0x1008","linear":null,"rip":"0xffffffff81000000","value":"0x41","size":1,"times":3,"dropped":7,"lost":9}"#
+            r#"{"time_ns":1002003004,"access":"write","action":"audit","vcpu":2,"address":"0x1008","msr":null,"linear":null,"rip":"0xffffffff81000000","value":"0x41","size":1,"times":3,"dropped":7,"lost":9}"#
         );
     }
 
@@ -294,6 +390,60 @@ mod tests {
         let json = event_json(&event).to_string();
         assert!(json.contains(r#""vcpu":null"#), "{json}");
         assert!(json.contains(r#""value":null,"size":null"#), "{json}");
+    }
+
+    #[test]
+    fn an_event_of_an_msr() {
+        let event = Event {
+            kind: OF_MSR,
+            gpa: 0xc000_0082,
+            size: 8,
+            ..EVENT
+        };
+        assert!(event_text(&event, 0).contains(" vcpu 2   msr 0xc0000082     -  "));
+        let json = event_json(&event).to_string();
+        assert!(
+            json.contains(r#""address":null,"msr":"0xc0000082","linear":null"#),
+            "{json}"
+        );
+    }
+
+    #[test]
+    fn rules() {
+        assert_eq!(rules_text(&[]), "there are no rules\n");
+        let rules = [
+            MsrEntry {
+                first: 0xc000_0080,
+                last: 0xc000_0080,
+                access: 2,
+                action: 3,
+                flags: 1 << 31,
+                mask: 0x901,
+            },
+            MsrEntry {
+                first: 1,
+                last: 2,
+                access: 3,
+                action: 4,
+                flags: 0,
+                mask: 0,
+            },
+        ];
+        assert_eq!(
+            rules_text(&rules).lines().skip(1).collect::<Vec<_>>(),
+            [
+                "0xc0000080 0xc0000080 EFER          write      pin,log  0x0000000000000901 yes",
+                "0x00000001 0x00000002 -             read-write deny     -                  no",
+            ]
+        );
+        assert_eq!(
+            rules_json(&rules).to_string(),
+            concat!(
+                r#"{"rules":[{"first":"0xc0000080","last":"0xc0000080","access":"write","#,
+                r#""action":["pin","log"],"mask":"0x901","fixed":true},{"first":"0x1","#,
+                r#""last":"0x2","access":"read-write","action":["deny"],"mask":null,"fixed":false}]}"#
+            )
+        );
     }
 
     #[test]
