@@ -23,7 +23,7 @@ class Linux(GuardTest):
 
     def scenario(self, name, *words, reboot=False, deadline=120, **options):
         """Run one; every line of the guest must be an ok. Returns them."""
-        companion = self.companion()
+        self.told = companion = self.companion()
         vm = self.linux([f"guard.run={name}", *words], companion,
                         kernel=self.kernel, reboot=reboot, **options)
         vm.expect(r"^guard-test: (passed|FAILED)", deadline)
@@ -45,7 +45,11 @@ class Linux(GuardTest):
         self.scenario("attack")
 
     def test_finds_what_the_kernel_says(self):
-        self.scenario("find")
+        """And what it has that does not go with pinned MSRs."""
+        checked = self.scenario("find", "maxcpus=1", "crashkernel=64M", smp=2)
+        for name in ("the log tells of the crash kernel",
+                     "the log names CPUs that cannot come up"):
+            self.assertIn(name, checked)
 
     def test_reload(self):
         """Neither rmmod nor unbind loosens anything."""
@@ -76,6 +80,26 @@ class Linux(GuardTest):
     def test_suspend(self):
         """Locks hold through suspend to RAM."""
         self.scenario("suspend")
+
+    def test_msr_attacks_work_without_pins(self):
+        """The control experiment of the next ones."""
+        self.scenario("msr-control", smp=2)
+
+    def test_msrs_are_pinned(self):
+        """No other system call entry, and CPUs still come and go."""
+        self.scenario("msr", smp=2, deadline=180)
+        seen = {(event["msr"], event["source"])
+                for event in self.told.show()["violations"] if "msr" in event}
+        for source in ("vcpu0", "vcpu1"):
+            self.assertIn(("0xc0000082", source), seen)
+            self.assertIn(("0xc0000080", source), seen)
+
+    def test_msrs_stay_pinned_through_suspend(self):
+        """The kernel writes back what suspend to RAM has reset."""
+        self.scenario("msr-suspend", smp=2)
+
+    def test_guardctl_msr(self):
+        self.scenario("guardctl-msr", smp=2)
 
     def test_reboot(self):
         """Locks end with the reboot; the guest locks again."""

@@ -241,7 +241,7 @@ def fetch(wanted):
 
 def is_source(path):
     """What a build reads, as against what one left lying around."""
-    return path.name in ("Kbuild", "Makefile") or path.suffix in (".c", ".h")
+    return path.name in ("Kbuild", "Makefile") or path.suffix in (".c", ".h", ".S")
 
 
 def copy_sources(source, target):
@@ -267,7 +267,7 @@ def kernel_make(kernel, directory):
 
 
 def build_modules(kernel):
-    """virtio_guard.ko, attack.ko and guardtest; returns their directory."""
+    """The driver, the attacks, guardtest and compat; returns their directory."""
     sources = {"guest-driver": REPO / "guest-driver",
                "attack": HERE / "attack", "guardtest": HERE / "guardtest"}
     with tempfile.TemporaryDirectory() as clean:
@@ -290,13 +290,18 @@ def build_modules(kernel):
                 copy_sources(source, work / name)
             for name in ("guest-driver", "attack"):
                 kernel_make(kernel, work / name)
-            for module in ("guest-driver/virtio_guard.ko", "attack/attack.ko"):
+            for module in ("guest-driver/virtio_guard.ko", "attack/attack.ko",
+                           "attack/attack_msr.ko"):
                 shutil.copyfile(work / module, work / Path(module).name)
                 run(["strip", "-g", work / Path(module).name])
             run(["gcc", "-static", "-O1", "-Wall", "-Wextra", "-Werror",
                  "-I", work / "guest-driver/include/uapi",
                  "-o", work / "guardtest/guardtest",
                  *sorted((work / "guardtest").glob("*.c"))])
+            # No C library: none of 32 bits may be there.
+            run(["gcc", "-m32", "-nostdlib", "-static", "-no-pie",
+                 "-o", work / "guardtest/compat",
+                 work / "guardtest/compat.S"])
     return final
 
 
@@ -431,7 +436,7 @@ class Cpio:
 
 
 def pack_initramfs(kernel, modules, guardctl):
-    """The archive: busybox, /init, the modules, guardtest, guardctl."""
+    """The archive: busybox, /init, the modules, the test programs, guardctl."""
     base = with_dependencies(kernel, BASE_MODULES)
     # Order matters to some: virtio_pci registers drivers as it loads.
     extra = with_dependencies(kernel, WORK_MODULES)
@@ -446,10 +451,11 @@ def pack_initramfs(kernel, modules, guardctl):
     # The kernel calls /sbin/modprobe itself.
     cpio.symlink("sbin/modprobe", "../bin/busybox")
     cpio.file("init", (HERE / "init").read_bytes())
-    cpio.file("guard/guardtest",
-              (modules / "guardtest/guardtest").read_bytes())
+    for name in ("guardtest", "compat"):
+        cpio.file(f"guard/{name}",
+                  (modules / "guardtest" / name).read_bytes())
     cpio.file("guard/guardctl", guardctl.read_bytes())
-    for name in ("virtio_guard.ko", "attack.ko"):
+    for name in ("virtio_guard.ko", "attack.ko", "attack_msr.ko"):
         cpio.file(f"guard/{name}", (modules / name).read_bytes(), 0o644)
     deps = []
     for name, (data, depends) in {**base, **extra}.items():

@@ -6,6 +6,7 @@ to wait for. None of them knows which host it is.
 """
 
 import functools
+import json
 import re
 import signal
 import sys
@@ -67,6 +68,12 @@ class Companion:
     def alive(self):
         """Does it run?"""
         return self.process.poll() is None
+
+    def show(self):
+        """What it knows of the VM and of violations, as `show --json`."""
+        _, out, _ = self.host.run([self.host.put(lab.companion_path()), "show",
+                                   "--json", "--socket-path", self.socket])
+        return json.loads(out)
 
 
 class Vm:

@@ -12,9 +12,13 @@
  *                            the errno, index and generation
  *   guardtest page           prints the frame of a page that nobody else uses
  *   guardtest cmos [N]       read, or set to N, a byte that a reset leaves alone
+ *   guardtest syscalls       thousands of system calls; exit status 1 if one is wrong
+ *   guardtest on CPU PROGRAM [ARG...]   run it on that CPU alone
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +26,7 @@
 #include <sys/io.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -335,6 +340,35 @@ static int cmos(const char *value)
 	return 0;
 }
 
+/* Not by way of the vDSO, nor of a library that remembers. */
+static int syscalls(void)
+{
+	pid_t child = getpid();
+	unsigned int cpu;
+	int i;
+
+	for (i = 0; i < 10000; i++)
+		if (syscall(SYS_getpid) != child ||
+		    syscall(SYS_getcpu, &cpu, NULL, NULL))
+			return 1;
+	return 0;
+}
+
+static int run_on(const char *cpu, char **argv)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(atoi(cpu), &set);
+	if (sched_setaffinity(0, sizeof(set), &set)) {
+		perror("sched_setaffinity");
+		return 125;
+	}
+	execv(argv[0], argv);
+	perror(argv[0]);
+	return 126;
+}
+
 int main(int argc, char **argv)
 {
 	struct guard_range range = { 0, 0, VIRTIO_GUARD_NOWRITE };
@@ -343,6 +377,10 @@ int main(int argc, char **argv)
 
 	if (argc >= 2 && !strcmp(argv[1], "cmos"))
 		return cmos(argc > 2 ? argv[2] : NULL);
+	if (argc == 2 && !strcmp(argv[1], "syscalls"))
+		return syscalls();
+	if (argc >= 4 && !strcmp(argv[1], "on"))
+		return run_on(argv[2], argv + 3);
 	if (argc == 2 && !strcmp(argv[1], "page")) {
 		printf("%llu\n", (unsigned long long)frame_of(pages(1)));
 		return 0;
@@ -379,6 +417,6 @@ int main(int argc, char **argv)
 		       (unsigned long long)req.generation);
 		return !!err;
 	}
-	fprintf(stderr, "usage: guardtest ioctl | events | hang-up DEV | rights | info | lock START END [ATTRS] | page | cmos [N]\n");
+	fprintf(stderr, "usage: guardtest ioctl | events | hang-up DEV | rights | info | lock START END [ATTRS] | page | cmos [N] | syscalls | on CPU PROGRAM [ARG...]\n");
 	return 2;
 }
