@@ -21,11 +21,18 @@ class Linux(GuardTest):
 
     kernel = "6.12-cloud"
 
-    def scenario(self, name, *words, reboot=False, deadline=120, **options):
-        """Run one; every line of the guest must be an ok. Returns them."""
-        self.told = companion = self.companion()
-        vm = self.linux([f"guard.run={name}", *words], companion,
+    def scenario(self, name, *words, reboot=False, deadline=120,
+                 at_last=None, **options):
+        """Run one; every line of the guest must be an ok. Returns them.
+        `at_last` is called with the companion while the VM is still there."""
+        companion = self.companion()
+        run = f"{name},wait" if at_last else name
+        vm = self.linux([f"guard.run={run}", *words], companion,
                         kernel=self.kernel, reboot=reboot, **options)
+        if at_last:
+            vm.expect(r"^guard-test: ready", deadline)
+            at_last(companion)
+            vm.type("quit\n")
         vm.expect(r"^guard-test: (passed|FAILED)", deadline)
         good, bad, skipped = linux_results(vm.console.text())
         self.log.info("ok: %s; skipped: %s", good, skipped)
@@ -87,12 +94,15 @@ class Linux(GuardTest):
 
     def test_msrs_are_pinned(self):
         """No other system call entry, and CPUs still come and go."""
-        self.scenario("msr", smp=2, deadline=180)
-        seen = {(event["msr"], event["source"])
-                for event in self.told.show()["violations"] if "msr" in event}
-        for source in ("vcpu0", "vcpu1"):
-            self.assertIn(("0xc0000082", source), seen)
-            self.assertIn(("0xc0000080", source), seen)
+        def check(companion):
+            seen = {(event["msr"], event["source"])
+                    for event in companion.show()["violations"]
+                    if "msr" in event}
+            for cpu in range(2):
+                self.assertIn(("0xc0000080", f"vcpu{cpu}"), seen)
+                self.assertIn(("0xc0000082", f"vcpu{cpu}"), seen)
+
+        self.scenario("msr", smp=2, deadline=180, at_last=check)
 
     def test_msrs_stay_pinned_through_suspend(self):
         """The kernel writes back what suspend to RAM has reset."""

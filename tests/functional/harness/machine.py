@@ -195,7 +195,8 @@ def linux_arguments(host, kernel, words):
     guest = linux_guest(kernel)
     return ["-kernel", host.put(guest.vmlinuz),
             "-initrd", host.put(guest.initramfs),
-            "-append", "console=ttyS0 quiet panic=-1 " + " ".join(words)]
+            "-append", "console=ttyS0 quiet panic=-1 no_timer_check " +
+            " ".join(words)]
 
 
 def linux_results(text):
