@@ -225,6 +225,70 @@ static void test_newer_calls(int fd, const struct guard_range *good,
 	       lock.index == 0);
 }
 
+/* GUARD_IOC_MSR_BITMAP; returns the errno. */
+static int ask_bitmap(int fd, const void *bitmaps, uint32_t bytes,
+		      uint32_t count, struct guard_msr_bitmap *req)
+{
+	req->bitmaps = (uintptr_t)bitmaps;
+	req->bytes = bytes;
+	req->count = count;
+	req->index = 12345;
+	req->generation = 12345;
+	return ioctl(fd, GUARD_IOC_MSR_BITMAP, req) ? errno : 0;
+}
+
+/* The same for MSRs, whether or not this host has rules for them. */
+static void test_msr_calls(int fd)
+{
+	const uint32_t most = 16 * (16 + 0x600);
+	struct guard_msr_bitmap bitmap = { 0 };
+	struct guard_msr_query req = { 0 };
+	struct guard_msr rule = { .first = 2, .last = 1, .access = 1 };
+	struct guard_lock lock;
+	struct guard_info info;
+	unsigned char *bytes = calloc(1, most);
+	int err;
+
+	report("MSR calls without an argument: EFAULT",
+	       ioctl(fd, GUARD_IOC_MSR_LOCK, NULL) && errno == EFAULT &&
+	       ioctl(fd, GUARD_IOC_MSR_PROTECT, NULL) && errno == EFAULT &&
+	       ioctl(fd, GUARD_IOC_MSR_BITMAP, NULL) && errno == EFAULT &&
+	       ioctl(fd, GUARD_IOC_MSR_QUERY, NULL) && errno == EFAULT);
+	report("MSR_LOCK without a rule, with too many, with none there",
+	       ask(fd, GUARD_IOC_MSR_LOCK, NULL, 0, &lock) == EINVAL &&
+	       lock.index == NO && !lock.generation &&
+	       ask(fd, GUARD_IOC_MSR_LOCK, NULL, UINT32_MAX, &lock) == E2BIG &&
+	       ask(fd, GUARD_IOC_MSR_LOCK, (void *)16, 1, &lock) == EFAULT);
+	report("MSR_BITMAP without one, with too many, with none there",
+	       ask_bitmap(fd, bytes, 0, 1, &bitmap) == EINVAL &&
+	       ask_bitmap(fd, bytes, 16, 0, &bitmap) == EINVAL &&
+	       bitmap.index == NO && !bitmap.generation &&
+	       ask_bitmap(fd, bytes, 16, 17, &bitmap) == E2BIG &&
+	       ask_bitmap(fd, bytes, most + 1, 16, &bitmap) == E2BIG &&
+	       ask_bitmap(fd, (void *)16, 16, 1, &bitmap) == EFAULT);
+	bitmap.reserved = 1;
+	report("MSR_BITMAP with a reserved field: EINVAL",
+	       ask_bitmap(fd, bytes, 16, 1, &bitmap) == EINVAL);
+	bitmap.reserved = 0;
+	req.access = 0x10001;
+	report("MSR_QUERY of an access that is none: EINVAL",
+	       ioctl(fd, GUARD_IOC_MSR_QUERY, &req) && errno == EINVAL);
+
+	err = ask(fd, GUARD_IOC_MSR_LOCK, (void *)&rule, 1, &lock);
+	if (ioctl(fd, GUARD_IOC_INFO, &info) || !info.max_msr_ranges) {
+		report("a device that has no rules for MSRs: EOPNOTSUPP",
+		       err == EOPNOTSUPP && lock.index == NO);
+	} else {
+		report("MSR_LOCK of what ends before it starts: EINVAL, entry 0",
+		       err == EINVAL && !lock.index && !lock.generation);
+		/* 16 bitmaps of 12288 MSRs, which all speak of the first. */
+		report("as many bytes of bitmaps as there can be: EINVAL, bitmap 0",
+		       ask_bitmap(fd, bytes, most, 16, &bitmap) == EINVAL &&
+		       !bitmap.index);
+	}
+	free(bytes);
+}
+
 static void test_ioctl(int fd)
 {
 	struct guard_range good = { 0, 0, VIRTIO_GUARD_NOWRITE };
@@ -287,6 +351,7 @@ static void test_ioctl(int fd)
 	report("a store by user space is refused",
 	       refused(store, memory) && memory[0] == 0x5a);
 	test_newer_calls(fd, &good, info.audit_bits);
+	test_msr_calls(fd);
 	many_ranges(fd, info.max_request_ranges);
 
 	if (!setuid(65534))
@@ -296,6 +361,7 @@ static void test_ioctl(int fd)
 		       query(fd, 0, 1, NULL, 0, &(struct guard_query){ 0 }) ==
 		       EPERM &&
 		       ioctl(fd, GUARD_IOC_SEAL, &info) && errno == EPERM &&
+		       ioctl(fd, GUARD_IOC_MSR_LOCK, &req) && errno == EPERM &&
 		       read(fd, &event, sizeof(event)) < 0 && errno == EPERM &&
 		       ioctl(fd, GUARD_IOC_INFO, &info) && errno == EPERM &&
 		       open("/dev/guard", O_RDWR) < 0 && errno == EACCES);
