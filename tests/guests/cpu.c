@@ -324,6 +324,19 @@ bool cpu_busy(u32 n)
 	return cpus[n].work != NULL;
 }
 
+void cpu_run(u32 n, void (*fn)(void *), void *arg)
+{
+	if (n == this_cpu()) {
+		cpus[n].trap.count = 0;
+		fn(arg);
+		return;
+	}
+	cpu_call(n, fn, arg);
+	for (u64 t = now_ns(); cpu_busy(n); relax())
+		if (now_ns() - t > 30000000000ull)
+			fail("CPU %u does not come back", n);
+}
+
 /* INIT and start-up IPI through the xAPIC, one CPU after the other. */
 static void ipi(u32 apic_id, u32 command)
 {
@@ -335,24 +348,35 @@ static void ipi(u32 apic_id, u32 command)
 		relax();
 }
 
+void cpu_stop(u32 n)
+{
+	ipi(n, 0x4500);
+	wait_ns(2000000);
+	cpus[n].online = false;
+	cpus[n].work = NULL;
+}
+
+bool cpu_start(u32 n)
+{
+	memcpy((void *)0x8000ul, tramp_start, tramp_end - tramp_start);
+	ap_stack = (u64)stacks + (n + 1) * STACK_SIZE;
+	mb();
+	for (u32 try = 0; try < 2 && !cpus[n].online; try++) {
+		ipi(n, 0x4600 | 0x8000 >> 12);
+		for (u64 t = now_ns(); now_ns() - t < (try ? 3000000000ull : 50000000ull) && !cpus[n].online; )
+			relax();
+	}
+	return cpus[n].online;
+}
+
 bool start_cpus(void)
 {
 	u32 have = MIN(fw_cfg_u16(5), MAX_CPUS);
 
-	memcpy((void *)0x8000ul, tramp_start, tramp_end - tramp_start);
-	while (n_cpus < have) {
-		ap_stack = (u64)stacks + (n_cpus + 1) * STACK_SIZE;
-		mb();
-		ipi(n_cpus, 0x4500);
-		wait_ns(2000000);
-		for (u32 try = 0; try < 2 && !cpus[n_cpus].online; try++) {
-			ipi(n_cpus, 0x4600 | 0x8000 >> 12);
-			for (u64 t = now_ns(); now_ns() - t < (try ? 3000000000ull : 50000000ull) && !cpus[n_cpus].online; )
-				relax();
-		}
-		if (!cpus[n_cpus].online)
+	for (; n_cpus < have; n_cpus++) {
+		cpu_stop(n_cpus);
+		if (!cpu_start(n_cpus))
 			return false;
-		n_cpus++;
 	}
 	return true;
 }

@@ -10,7 +10,7 @@
 struct guard guard;
 u64 reply_ns;
 static bool fake;
-static struct config fake_config = { 1, 4096, DENY_ALL, MAX_REQ, 8192, 1, 0, 0, 0, 0, 0, DENY_ALL };
+static struct config fake_config = { 1, 4096, DENY_ALL, MAX_REQ, 8192, 1, 0, 0, 0, 0, 0, DENY_ALL, 4096, 0 };
 static struct request *request;
 static struct response *response;
 static struct event *event_page;
@@ -49,7 +49,7 @@ void guard_open(void)
 	if (!vdev_find(&guard.dev, GUARD_ID, 0))
 		fail("no guard device (virtio ID 63) on PCI bus 0");
 	if (!guard.dev.config || guard.dev.config_len < sizeof(struct config))
-		fail("configuration space of %u bytes, not 72", guard.dev.config_len);
+		fail("configuration space of %u bytes, not %u", guard.dev.config_len, (u32)sizeof(struct config));
 	guard_start(F_VERSION_1 | F_GUARD, true, NULL, NULL);
 	if ((guard.dev.features & (F_VERSION_1 | F_NOWRITE)) != (F_VERSION_1 | F_NOWRITE))
 		fail("VERSION_1 and NOWRITE are not both offered: 0x%lx", guard.dev.offered);
@@ -59,6 +59,11 @@ static void config_read(u32 *to)
 {
 	for (u32 i = 0; i < sizeof(struct config) / 4; i++)
 		to[i] = vdev_config(&guard.dev, i * 4, 4);
+}
+
+bool guard_has(u64 feature)
+{
+	return fake || guard.dev.features & feature;
 }
 
 /* Until two readings agree. */
@@ -155,8 +160,8 @@ struct response guard_seal(void)
 	return guard_request(SEAL, 0);
 }
 
-/* The answer is longer than others: header, then up to `room` ranges. */
-struct response guard_query(u64 first, u64 last, struct range *to, u32 room, u32 *used_len)
+/* The answer is longer than others: header, then up to `room` entries. */
+static struct response ask_many(u16 type, struct range of, struct range *to, u32 room, u32 *used_len)
 {
 	struct request *r = request_buffer();
 	struct sg sg[3] = {
@@ -168,13 +173,26 @@ struct response guard_query(u64 first, u64 last, struct range *to, u32 room, u32
 		*used_len = sizeof(*response);
 		return (struct response) { 0, NO_INDEX, 0 };
 	}
-	r->type = QUERY;
+	r->type = type;
 	r->flags = 0;
 	r->count = 1;
-	r->ranges[0] = (struct range) { first, last, 0 };
+	r->ranges[0] = of;
 	memset(response, 0xee, sizeof(*response));
 	*used_len = guard_send_sg(sg, room ? 3 : 2);
 	return *response;
+}
+
+struct response guard_query(u64 first, u64 last, struct range *to, u32 room, u32 *used_len)
+{
+	return ask_many(QUERY, (struct range) { first, last, 0 }, to, room, used_len);
+}
+
+struct response guard_msr_query(struct msr_rule of, struct msr_rule *to, u32 room, u32 *used_len)
+{
+	struct range entry;
+
+	memcpy(&entry, &of, sizeof(entry));
+	return ask_many(MSR_QUERY, entry, (struct range *)to, room, used_len);
 }
 
 void need(u64 deny, u64 audit)

@@ -93,6 +93,9 @@ void wait_ns(u64 ns);
 bool start_cpus(void);			/* all that the machine has; false if one does not answer */
 void cpu_call(u32 cpu, void (*fn)(void *), void *arg);	/* starts fn there */
 bool cpu_busy(u32 cpu);
+void cpu_run(u32 cpu, void (*fn)(void *), void *arg);	/* runs fn there, or here if that is this CPU */
+void cpu_stop(u32 cpu);			/* INIT, whatever it does */
+bool cpu_start(u32 cpu);		/* the start-up IPI after it; false if it does not come up */
 u64 run_user(u64 (*op)(void *, u64, const void *), void *address, u64 value, const void *source);
 u64 run_user_at(u64 rip);
 u64 call_code(void *code, u64 arg, u32 cpl);	/* runs what may not be run; a fault of the fetch is recorded and returns FETCH_FAULT */
@@ -195,7 +198,8 @@ bool vq_wait(struct vq *q, u32 *head, u32 *len, u64 timeout_ns);
 #define F_NOREAD	4ull
 #define F_NOEXEC_KERNEL	8ull
 #define F_AUDIT		16ull
-#define F_GUARD		0x1full
+#define F_MSR		32ull
+#define F_GUARD		0x3full
 #define NOWRITE		1ull
 #define NOEXEC		2ull
 #define NOREAD		4ull
@@ -203,7 +207,7 @@ bool vq_wait(struct vq *q, u32 *head, u32 *len, u64 timeout_ns);
 #define DENY_ALL	15ull
 #define AUDIT(deny)	((deny) << 8)
 #define IMMUTABLE	(1ull << 63)
-enum { LOCK = 1, PROTECT, SEAL, QUERY };
+enum { LOCK = 1, PROTECT, SEAL, QUERY, MSR_LOCK, MSR_PROTECT, MSR_BITMAP, MSR_QUERY };
 enum { A_WRITE = 1, A_FETCH, A_READ };
 enum { ACT_INJECT = 1, ACT_DROP, ACT_PAUSE, ACT_SHUTDOWN, ACT_AUDIT };
 #define NO_INDEX	0xffffffffu
@@ -212,7 +216,12 @@ enum { ACT_INJECT = 1, ACT_DROP, ACT_PAUSE, ACT_SHUTDOWN, ACT_AUDIT };
 #define SOURCE_DMA	0xffffffffu
 enum { EPERM = 1, EIO = 5, E2BIG = 7, EFAULT = 14, EBUSY = 16, EINVAL = 22, ENOSPC = 28, EOPNOTSUPP = 95, ESTALE = 116 };
 
+enum { M_ALLOW = 0, M_LOG = 1, M_PIN = 2, M_DENY = 4, M_EMULATE = 8 };	/* action */
+enum { M_READ = 1, M_WRITE, M_BOTH };					/* access */
+#define M_IMMUTABLE	(1u << 31)
+
 struct range { u64 start, end, attr; };
+struct msr_rule { u32 first, last; u16 access, action; u32 flags; u64 mask; };
 struct request { u16 type, flags; u32 count; struct range ranges[]; };
 struct response { u32 status, index; u64 value; };
 struct event {
@@ -220,9 +229,10 @@ struct event {
 };
 struct config {
 	u32 version, page_size; u64 deny_bits; u32 max_request_ranges, max_ranges; u64 generation; u32 ranges_in_force, reserved;
-	u64 violations, events_lost, malformed, audit_bits;
+	u64 violations, events_lost, malformed, audit_bits; u32 max_msr_ranges, msr_ranges_in_force;
 };
-_Static_assert(sizeof(struct event) == 64 && sizeof(struct config) == 72, "as in docs/device.md");
+_Static_assert(sizeof(struct event) == 64 && sizeof(struct config) == 80 && sizeof(struct msr_rule) == sizeof(struct range),
+	       "as in docs/device.md");
 
 struct guard { struct vdev dev; struct vq control, events; };
 extern struct guard guard;
@@ -231,6 +241,7 @@ extern u64 reply_ns;			/* how long an answer may take */
 void guard_open(void);			/* finds and starts it, or ends the test */
 void guard_start(u64 features, bool post_events, void *control_used, void *events_used);	/* reset and set up again */
 struct config guard_config(void);
+bool guard_has(u64 feature);		/* was it negotiated? */
 struct request *request_buffer(void);	/* room for MAX_REQ + 1 entries */
 /* Sends the readable part and waits.  Returns the used length. */
 u32 guard_send(const void *req, u32 len, struct response *resp);
@@ -244,6 +255,7 @@ struct response guard_protect(const void *page, u32 pages, u64 attr);
 void must_protect(const void *page, u64 attr);
 struct response guard_seal(void);
 struct response guard_query(u64 first, u64 last, struct range *to, u32 room, u32 *used_len);
+struct response guard_msr_query(struct msr_rule of, struct msr_rule *to, u32 room, u32 *used_len);
 void post_event(void *buffer, u32 len);
 void post_events(u32 n);
 bool next_event(struct event *e, u32 *used_len, u64 timeout_ns);
@@ -255,6 +267,7 @@ typedef u64 op_fn(void *address, u64 value, const void *source);
 extern op_fn op_mov64, op_mov32, op_mov16, op_mov8, op_load, op_push, op_movups, op_cmpxchg16b, op_fxsave, op_fistp,
 	op_xadd, op_inc, op_load8, op_load128, op_mov256, op_cas16, op_fstp80, op_fld80, op_copy, op_set, op_scan, op_vmload, op_vmsave;
 struct race { volatile u64 tries, stop; };
+extern op_fn op_rdmsr, op_wrmsr;	/* the address is the MSR's number */
 extern op_fn op_race, op_race_xadd;
 void fill(void *page, u64 seed);
 bool intact(const void *page, u64 seed);
@@ -277,6 +290,35 @@ bool deny_told(const char *what, u32 access, const void *gpa, u64 gva, u64 rip, 
 u32 deny_drain(void);			/* events that are not looked at, how often */
 void deny_end(void) __attribute__((noreturn));	/* nothing else was told */
 
+/* msr.c: rules for MSRs, accesses of any CPU, and what must come of them */
+#define EFER		0xc0000080u
+#define STAR		0xc0000081u
+#define LSTAR		0xc0000082u
+#define CSTAR		0xc0000083u
+#define SFMASK		0xc0000084u
+#define FS_BASE		0xc0000100u
+#define GS_BASE		0xc0000101u
+#define KERNEL_GS_BASE	0xc0000102u
+#define SYSENTER_CS	0x174u
+#define SYSENTER_ESP	0x175u
+#define SYSENTER_EIP	0x176u
+#define PAT		0x277u
+void msr_begin(void);			/* opens the device, starts the CPUs; ends the test with SKIP without F_MSR or -smp 2 */
+void msr_end(void) __attribute__((noreturn));	/* nothing was told but what was waited for */
+struct msr_rule *msr_rules(void);	/* the entries of request_buffer() */
+struct response msr_ask(u16 type, u32 first, u32 last, u16 access, u16 action, u64 mask);	/* a request of one entry */
+void must_msr(u16 type, u32 msr, u16 access, u16 action, u64 mask);	/* the same for one MSR, or fail() */
+void msr_free(u32 first, u32 last);	/* takes back what is not immutable */
+bool msr_try(u32 cpu, u32 msr, bool write, u64 *value);	/* false if it faulted: trap_of(cpu) */
+bool msr_exists(u32 msr);		/* can be read, when no rule is in the way */
+/* Each returns whether all was right. `what` begins the messages. */
+bool msr_reads(const char *what, u32 cpu, u32 msr, u64 value);	/* not reported */
+bool msr_writes(const char *what, u32 cpu, u32 msr, u64 value);	/* not reported, and it is what the MSR has then */
+bool msr_denied(const char *what, u32 cpu, u32 msr, u32 access, u64 value);	/* the fault that the policy says, and the event */
+bool msr_logged(const char *what, u32 cpu, u32 msr, u32 access, u64 value);	/* carried out or skipped, and the event */
+bool msr_faults(const char *what, u32 cpu);	/* what msr_try() met was #GP(0), exactly there */
+bool msr_told(const char *what, u32 cpu, u32 msr, u32 access, u64 value, u32 action);	/* the next event */
+
 /* tests */
 void t_probe(void), t_machine(void);
 void t_lock_cpl0(void), t_lock_cpl3(void), t_lock_alias(void), t_lock_device_reset(void), t_lock_covered(void), t_lock_pagetable(void),
@@ -292,5 +334,8 @@ void t_atomic(void), t_errors(void);
 void t_events(void), t_events_lost(void), t_flood(void);
 void t_read_disk(void), t_read_busy(void), t_read_ring(void);
 void t_hold(void), t_bench(void);
+void t_msr_actions(void), t_msr_pin(void), t_msr_kept(void), t_msr_checks(void), t_msr_race(void), t_msr_toggle(void);
+void t_msr_errors(void), t_msr_protect(void), t_msr_query(void), t_msr_bitmap(void), t_msr_nospc(void), t_msr_many(void);
+void t_msr_hold(void);
 
 #endif

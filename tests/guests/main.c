@@ -53,7 +53,20 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "errors", t_errors, "each error that a guest can produce, a line per case" },
 	{ "events", t_events, "fields of violation events" },
 	{ "events-lost", t_events_lost, "more violations than are stored; n= pages" },
-	{ "flood", t_flood, "n= violations and more (seconds=) of one CPU while another one's requests are timed; needs -smp 2" },
+	{ "flood", t_flood, "n= violations and more (seconds=) of one CPU while another one's requests are timed; msr=1; needs -smp 2" },
+	{ "msr-actions", t_msr_actions, "each action on reads and writes of MSRs; -smp 2, as all of these" },
+	{ "msr-pin", t_msr_pin, "pins of all bits and of some" },
+	{ "msr-kept", t_msr_kept, "what a CPU that was started again may write to its pinned MSRs" },
+	{ "msr-checks", t_msr_checks, "accesses that are carried out for the CPU, as the CPU would" },
+	{ "msr-race", t_msr_race, "OK against accesses of another CPU; rounds=, tries=, seconds=" },
+	{ "msr-toggle", t_msr_toggle, "rules come and go below another CPU's accesses; rounds=, seconds=" },
+	{ "msr-errors", t_msr_errors, "each error of requests about MSRs, a line per case" },
+	{ "msr-protect", t_msr_protect, "rules set, changed, taken back, sealed, refused where immutable" },
+	{ "msr-query", t_msr_query, "MSR_QUERY" },
+	{ "msr-bitmap", t_msr_bitmap, "MSR_BITMAP" },
+	{ "msr-nospc", t_msr_nospc, "until ENOSPC: ranges, pins, KVM's filter" },
+	{ "msr-many", t_msr_many, "n= rules, default 4096, in one request" },
+	{ "msr-hold", t_msr_hold, "obeys the serial line, a line at a time" },
 	{ "hold", t_hold, "obeys the serial line: w l b c r q; burst= requests" },
 	{ "bench", t_bench, "latency of lock requests; n= ranges only, runs=" },
 };
@@ -225,6 +238,11 @@ void t_probe(void)
 	check(c.max_ranges >= 8192, "max_ranges %u", c.max_ranges);
 	check(c.ranges_in_force == 0, "%u ranges in force at boot", c.ranges_in_force);
 	check(c.reserved == 0, "reserved field 0x%x", c.reserved);
+	check(!(guard.dev.offered & F_MSR) == !c.max_msr_ranges, "features 0x%lx, and %u ranges of MSRs", guard.dev.offered,
+	      c.max_msr_ranges);
+	check(c.msr_ranges_in_force == 0, "%u ranges of MSRs in force at boot", c.msr_ranges_in_force);
+	if (accel == ACCEL_TCG)
+		check(guard.dev.offered & F_MSR, "F_MSR is not offered");
 	/* Writes are ignored. */
 	for (u32 i = 0; i < sizeof(c); i += 4)
 		*(volatile u32 *)(guard.dev.config + i) = 0x5a5a5a5a;

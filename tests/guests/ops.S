@@ -226,3 +226,21 @@ user_exit:
 	cmpq $0, 8(%rsi)
 	je 1b
 	ret
+
+	/* u64 op_rdmsr(u32 msr), 0 if it faults; op_wrmsr(u32 msr, u64 value). For CPL 0. */
+	OP rdmsr
+	movl %edi, %ecx
+	xorl %eax, %eax
+	xorl %edx, %edx
+	TRY rdmsr
+	shlq $32, %rdx
+	orq %rdx, %rax
+	ret
+
+	OP wrmsr
+	movl %edi, %ecx
+	movl %esi, %eax
+	movq %rsi, %rdx
+	shrq $32, %rdx
+	TRY wrmsr
+	ret

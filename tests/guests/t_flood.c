@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
-/* One CPU stores to a locked page as fast as it can; what do another one's requests have to wait for? */
+/* One CPU stores to a locked page, or writes MSRs that it may not, as fast as it can; what do another one's requests have to wait for? */
 #include "guest.h"
 
 #define MAX_RUNS	512
 #define IDLE_RUNS	20
+#define FLOODED		0x40000000u	/* MSRs that nobody has */
+#define FLOODED_N	512u
 
 static u64 flood_n, flood_ns;
 static volatile u64 flood_done;
@@ -14,7 +16,10 @@ static void flood(void *page)
 	u64 start = now_ns();
 
 	for (u64 i = 0; i < flood_n || (i % 256) || now_ns() - start < flood_ns; flood_done = ++i)
-		op_mov64((u8 *)page + i % (PAGE / 8) * 8, SPOIL, NULL);
+		if (page)
+			op_mov64((u8 *)page + i % (PAGE / 8) * 8, SPOIL, NULL);
+		else
+			op_wrmsr((void *)(u64)(FLOODED + i % FLOODED_N), i, NULL);
 }
 
 /* One after the other: what is in force stays one range, and QEMU's table small. */
@@ -37,6 +42,7 @@ void t_flood(void)
 {
 	u64 idle = 0, worst = 0, sum = 0, start, ns, drained;
 	u32 runs = 0;
+	bool msrs = opt_num("msr", 0);
 	struct config c0, c1;
 	u8 *page;
 
@@ -48,6 +54,11 @@ void t_flood(void)
 	page = alloc_lone_page();
 	fill(page, 80);
 	must_lock(page);
+	if (msrs) {
+		if (!guard_has(F_MSR))
+			skip("this host does not enforce rules for MSRs");
+		check(!msr_ask(MSR_LOCK, FLOODED, FLOODED + FLOODED_N - 1, M_WRITE, M_DENY, 0).status, "the rule is refused");
+	}
 	for (u32 i = 0; i < IDLE_RUNS; i++) {
 		ns = lock_next();
 		idle = ns > idle ? ns : idle;
@@ -55,7 +66,7 @@ void t_flood(void)
 	c0 = guard_config();
 	print("FLOOD begins\n");
 	start = now_ns();
-	cpu_call(1, flood, page);
+	cpu_call(1, flood, msrs ? NULL : page);
 	while (cpu_busy(1)) {
 		if (runs < MAX_RUNS) {
 			ns = lock_next();

@@ -176,8 +176,8 @@ static void framing(void)
 
 static void types(void)
 {
-	static const u16 unknown[] = { 0, 5, 6, 0x100, 0x101, 0xffff };
-	static const char *const name[] = { "type-0", "type-5", "type-6", "type-256", "type-257", "type-65535" };
+	static const u16 unknown[] = { 0, 5, 8, 9, 0x100, 0x101, 0xffff };	/* 5 to 8 without F_MSR */
+	static const char *const name[] = { "type-0", "type-5", "type-8", "type-9", "type-256", "type-257", "type-65535" };
 
 	for (u32 i = 0; i < ARRAY_SIZE(unknown); i++) {
 		header(unknown[i], 0, 1);
