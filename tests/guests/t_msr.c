@@ -199,6 +199,8 @@ void t_msr_pin(void)
 
 static const struct { u32 msr; u64 mask; } kept[] = {
 	{ SYSENTER_ESP, ~0ull }, { SYSENTER_EIP, ~0ull }, { LSTAR, ~0ull }, { CSTAR, ~0ull }, { KERNEL_GS_BASE, ~0ull },
+	/* These INIT does reset. */
+	{ FS_BASE, ~0ull }, { GS_BASE, ~0ull },
 	/* SCE, LME, NXE, as Linux: the CPU comes up again only if it can set LME. */
 	{ EFER, 0x901 },
 };
@@ -210,6 +212,7 @@ static u64 kept_value(u32 cpu, u32 i)
 
 void t_msr_kept(void)
 {
+	u32 resets = 0;
 	u64 now;
 
 	msr_begin();
@@ -239,6 +242,7 @@ void t_msr_kept(void)
 				continue;
 			if (!round)
 				diag("MSR 0x%x after INIT: 0x%lx, kept 0x%lx", msr, now, msr == EFER ? 0x500 : kept_value(1, i));
+			resets += now != kept_value(1, i) && msr != EFER;
 			if (msr == EFER) {
 				msr_denied("EFER after INIT", 1, EFER, A_WRITE, now ^ 1);
 				msr_denied("EFER after INIT", 1, EFER, A_WRITE, now ^ 0x800);
@@ -262,6 +266,7 @@ void t_msr_kept(void)
 			msr_denied("neither kept nor there", 1, msr, A_WRITE, kept_value(1, i) + 8);
 		}
 	}
+	check(resets, "INIT has reset none of these MSRs: this test shows nothing");
 	for (u32 i = 0; i < ARRAY_SIZE(kept); i++) {
 		msr_reads("the other CPU", 0, kept[i].msr, kept_value(0, i));
 		if (kept[i].msr != EFER)

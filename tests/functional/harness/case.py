@@ -42,10 +42,10 @@ class GuardTest(Test):
         if hasattr(self, "host"):
             self.host.close()
 
-    def companion(self, name="companion", directory=None):
+    def companion(self, name="companion", directory=None, options=()):
         """A companion that listens."""
         return machine.Companion(self.host, directory or self.directory,
-                                 name).start()
+                                 name, options).start()
 
     def vm(self, extra=(), **options):
         """A QEMU."""
@@ -84,9 +84,11 @@ class BareMetalTest(GuardTest):
     :avocado: disable
     """
 
+    companion_options = ()
+
     def check(self, test, *words, devices=(), deadline=60, **options):
         """Run it; the guest's verdict is the test's. Returns the Vm."""
-        companion = self.companion()
+        companion = self.companion(options=self.companion_options)
         vm = self.bare_metal(test, companion, words, devices, reboot=False,
                              **options)
         try:

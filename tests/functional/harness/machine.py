@@ -30,13 +30,14 @@ def linux_guest(kernel):
 
 
 class Companion:
-    """One vhost-guard process."""
+    """One vhost-guard process; `options` are more of its command line."""
 
-    def __init__(self, host, directory, name="companion"):
+    def __init__(self, host, directory, name="companion", options=()):
         self.host = host
         self.name = name
         self.socket = f"{directory}/guard"
         self.control = f"{directory}/guard.ctl"
+        self.options = list(options)
         self.process = None
         self.generation = 0
 
@@ -45,15 +46,26 @@ class Companion:
         """Its standard error, a Stream."""
         return self.process.stderr
 
-    def start(self):
-        """Start it and wait until it listens."""
+    def spawn(self):
+        """Start it. It may have something to say instead of listening."""
         self.generation += 1
         self.process = self.host.spawn(
             [self.host.put(lab.companion_path()), "--socket-path", self.socket,
-             "--control-path", self.control, "--log-level", "info"],
-            name=f"{self.name}-{self.generation}")
+             "--control-path", self.control, "--log-level", "info",
+             *self.options], name=f"{self.name}-{self.generation}")
+        return self
+
+    def start(self):
+        """Start it and wait until it listens."""
+        self.spawn()
         self.log.expect("listening", 30 * self.host.patience)
         return self
+
+    def show(self):
+        """What `vhost-guard show --json` says."""
+        return json.loads(self.host.run(
+            [self.host.put(lab.companion_path()), "show", "--json",
+             "--socket-path", self.socket])[1])
 
     def kill(self):
         """SIGKILL; returns when it is gone."""

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Rules for MSRs, as the guest sees them: its own tests, each in a VM of its
+own. What needs somebody outside the guest is in msr_host.py.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+# pylint: disable=wrong-import-position
+from harness.case import BareMetalTest  # noqa: E402
+
+
+class MsrRules(BareMetalTest):
+    """One method for each test of the guest; all have two vCPUs.
+
+    :avocado: disable
+    """
+
+    def check(self, test, *words, **options):
+        return super().check(test, *words, **{"smp": 2, "deadline": 120,
+                                              **options})
+
+    def test_actions(self):
+        self.check("msr-actions")
+
+    def test_pin(self):
+        self.check("msr-pin")
+
+    def test_kept(self):
+        self.check("msr-kept")
+
+    def test_race(self):
+        self.check("msr-race")
+
+    def test_protect(self):
+        self.check("msr-protect")
+
+    def test_nospc(self):
+        self.check("msr-nospc")
+
+
+class MsrInject(MsrRules):
+    """
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    policy = "inject"
+
+    def test_checks(self):
+        """What a rule lets through is checked as the CPU would."""
+        self.check("msr-checks")
+
+    def test_toggle(self):
+        self.check("msr-toggle")
+
+    def test_errors(self):
+        self.check("msr-errors")
+
+    def test_query(self):
+        self.check("msr-query")
+
+    def test_bitmap(self):
+        self.check("msr-bitmap")
+
+    def test_many(self):
+        """As many rules as a request can have."""
+        self.check("msr-many")
+
+
+class MsrDrop(MsrRules):
+    """A denied write is skipped, a denied read faults.
+
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    policy = "drop"
