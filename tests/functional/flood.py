@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """100,000 violations in a loop: nothing grows, and nobody else waits.
 
+Stores to a locked page, and writes of MSRs that are denied.
+
 The guest has one vCPU store to a locked page while another one sends requests
 and takes their time (tests/guests/t_flood.c); meanwhile the monitor is asked.
 The figures are in the log. The requirement is 100 ms for a request. A machine
@@ -34,6 +36,7 @@ class Flood(GuardTest):
     """
 
     policy = "drop"
+    words = ()
 
     def rss(self, process):
         """Memory that a process has, in kB."""
@@ -43,7 +46,7 @@ class Flood(GuardTest):
     def test_flood(self):
         companion = self.companion()
         trace = f"{self.directory}/trace"
-        vm = self.bare_metal("flood", companion, [f"n={VIOLATIONS}"],
+        vm = self.bare_metal("flood", companion, [f"n={VIOLATIONS}", *self.words],
                              ["-trace", "vm_guard_send", "-D", trace], smp=2,
                              reboot=False)
         vm.connect()
@@ -107,3 +110,11 @@ class Flood(GuardTest):
         self.assertEqual(sum(count["violations"] < known["violations"]
                              for known, count in zip(events, events[1:])), 0,
                          "the events' counters go back")
+
+
+class MsrFlood(Flood):
+    """
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    words = ("msr=1",)

@@ -611,6 +611,31 @@ class Lifecycle(MsrTest):
             self.denied(LSTAR, 0x1000, 1)
         self.finish()
 
+    def test_suspend_to_ram(self):
+        """MSRs are reset, rules are not: the kept value can be written again,
+        by each vCPU its own, and nothing else but what is there."""
+        self.hold('[[rule]]\nmsrs = ["SYSENTER_ESP"]\naction = "pin"\n')
+        for cpu in (0, 1):
+            self.free(LSTAR, 0x1000 * (cpu + 1), cpu)
+        self.lock(LSTAR, WRITE, PIN, ALL)
+        self.lock(CSTAR, WRITE, DENY)
+        self.guest.connect()
+        for _ in range(2):
+            self.guest.ask("z\n", "SUSPEND")
+            self.guest.qmp.event("SUSPEND")
+            self.guest.qmp.command("system_wakeup")
+            self.assert_matches(self.guest.expect(READY), msr_ranges=2,
+                                generation=int(self.ready.group("generation")))
+            for cpu in (0, 1):
+                self.assertEqual(self.read(LSTAR, cpu), 0, "not reset")
+                self.denied(LSTAR, 0x1000 * (2 - cpu), cpu)
+                self.assertIsNone(self.write(LSTAR, 0, cpu))
+                self.free(LSTAR, 0x1000 * (cpu + 1), cpu)
+                self.denied(LSTAR, 0, cpu)
+                self.denied(CSTAR, cpu=cpu)
+                self.denied(SYSENTER_ESP, cpu=cpu)
+        self.finish()
+
     def test_stop_and_cont(self):
         self.hold(self.HOST)
         self.lock(CSTAR, WRITE, PIN, ALL)

@@ -149,6 +149,10 @@ void t_msr_hold(void)
 			guard_start(F_VERSION_1 | (F_GUARD & ~F_MSR), true, NULL, NULL);
 			print("RESET without F_MSR\n");
 			break;
+		case 'z':		/* suspend to RAM (q35, as qboot sets it up); what wakes up is a new start of this program */
+			print("SUSPEND\n");
+			outw(0x604, 0x2400);
+			break;
 		case 'q':
 			pass_or_fail(test_name);
 		default:
