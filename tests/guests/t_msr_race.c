@@ -124,11 +124,10 @@ static void accesses(void *arg)
 {
 	static const u32 unfiltered[] = { CSTAR, SYSENTER_CS + 1, KERNEL_GS_BASE, PAT };
 	struct trap *t = trap_of(this_cpu());
-	u64 held[ARRAY_SIZE(unfiltered)], lstar = 0x1000;
+	u64 held[ARRAY_SIZE(unfiltered)], lstar = 0;	/* 0: not known */
 
 	for (u32 i = 0; i < ARRAY_SIZE(unfiltered); i++)
 		held[i] = op_rdmsr((void *)(u64)unfiltered[i], 0, NULL);
-	op_wrmsr((void *)(u64)LSTAR, lstar, NULL);
 	for (u64 n = 1; !toggle.stop; n++) {
 		u32 i = n % ARRAY_SIZE(unfiltered), msr = unfiltered[i];
 		u64 faults, now;
@@ -147,7 +146,7 @@ static void accesses(void *arg)
 		faults = t->count;
 		now = op_rdmsr((void *)(u64)LSTAR, 0, NULL);
 		if (t->count != faults) {
-			/* A write may have landed that we cannot see yet. */
+			/* A write may have landed that we cannot see. */
 			toggle.refused++;
 			lstar = 0;
 		} else if (lstar && now != lstar && now != 0x1000 + n * 16) {
