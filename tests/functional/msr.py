@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
-from harness.case import BareMetalTest  # noqa: E402
+from harness.case import SUITE, BareMetalTest  # noqa: E402
 
 
 class MsrRules(BareMetalTest):
@@ -49,7 +49,10 @@ class MsrInject(MsrRules):
 
     def test_checks(self):
         """What a rule lets through is checked as the CPU would."""
-        self.check("msr-checks")
+        # A software KVM has been seen to run a WRMSR again when it has been
+        # told of another EFER.NXE, as it is before the instruction ends.
+        self.check("msr-checks",
+                   *(["again=3221225600"] if SUITE == "kvm" else ()))
 
     def test_toggle(self):
         self.check("msr-toggle")
