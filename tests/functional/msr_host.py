@@ -439,7 +439,8 @@ class Refused(MsrTest):
             self.told(MISC_ENABLE, A_WRITE, now, AUDIT)
             self.finish()
             return
-        self.not_started(policy, "(?i)0x1a0|MISC_ENABLE")
+        guard = self.not_started(policy, r"rule 1 \(from 0\)")
+        self.assertRegex(guard.log.text(), r"policy\.toml:7 are NOT in force")
 
     def test_more_ranges_than_kvm_has(self):
         """The same, of a policy that is too scattered."""
@@ -452,7 +453,8 @@ class Refused(MsrTest):
             self.told(0x10000000 + 19 * 0x100000, A_WRITE, 1, INJECT)
             self.finish()
             return
-        self.not_started(policy, "(?i)filter|room|space|range")
+        guard = self.not_started(policy, "No space left")
+        self.assertIn("do not fit into KVM's filter", guard.log.text())
 
 
 class Lifecycle(MsrTest):

@@ -148,6 +148,9 @@ bool msr_told(const char *what, u32 cpu, u32 msr, u32 access, u64 value, u32 act
 	bool ok;
 
 	told++;
+	/* Each event that does not come takes its time. */
+	if (failures > 10)
+		pass_or_fail(test_name);
 	if (t->count)
 		*rip = t->start;
 	if (!check(next_event(&e, &len, 10000000000ull), "%s: no event of MSR 0x%x on CPU %u", what, msr, cpu))
