@@ -31,7 +31,7 @@ class MsrRules(BareMetalTest):
         self.check("msr-kept")
 
     def test_race(self):
-        self.check("msr-race")
+        self.check("msr-race", "seconds=15", deadline=240)
 
     def test_protect(self):
         self.check("msr-protect")
@@ -52,10 +52,11 @@ class MsrInject(MsrRules):
         # A software KVM has been seen to run a WRMSR again when it has been
         # told of another EFER.NXE, as it is before the instruction ends.
         self.check("msr-checks",
-                   *(["again=3221225600"] if SUITE == "kvm" else ()))
+                   *(["again=3221225600"] if SUITE == "kvm" else ()),
+                   deadline=240)
 
     def test_toggle(self):
-        self.check("msr-toggle")
+        self.check("msr-toggle", "seconds=15", deadline=240)
 
     def test_errors(self):
         self.check("msr-errors")

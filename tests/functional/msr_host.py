@@ -594,6 +594,13 @@ class Lifecycle(MsrTest):
             self.assertIsNone(
                 self.write(SYSENTER_ESP, 0x1000 * (cpu + 1), cpu))
             self.denied(SYSENTER_ESP, cpu=cpu)
+        # What is kept after a reset is what there is then.
+        self.guest.qmp.command("system_reset")
+        self.guest.expect(READY)
+        for cpu in (0, 1):
+            self.assertEqual(self.read(SYSENTER_ESP, cpu), 0)
+            self.denied(SYSENTER_ESP, 0x1000 * (cpu + 1), cpu)
+            self.assertIsNone(self.write(SYSENTER_ESP, 0, cpu))
         self.finish()
 
     def test_system_reset(self):
