@@ -11,6 +11,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from harness.case import SUITE, BareMetalTest  # noqa: E402
 
 
+#: The lab's CPU is TCG's. It checks less than a real one what a guest writes,
+#: and nested guests hang on it that turn on EFER.SVME. SCE, NXE and FFXSR.
+LAB_CPU = ("lax=1", f"efer={0x4801}") if SUITE == "lab" else ()
+
+
 class MsrRules(BareMetalTest):
     """One method for each test of the guest; all have two vCPUs.
 
@@ -25,7 +30,7 @@ class MsrRules(BareMetalTest):
         self.check("msr-actions")
 
     def test_pin(self):
-        self.check("msr-pin")
+        self.check("msr-pin", *LAB_CPU)
 
     def test_kept(self):
         self.check("msr-kept")
@@ -52,7 +57,7 @@ class MsrInject(MsrRules):
         # A software KVM has been seen to run a WRMSR again when it has been
         # told of another EFER.NXE, as it is before the instruction ends.
         self.check("msr-checks",
-                   *(["again=3221225600"] if SUITE == "kvm" else ()),
+                   *(["again=3221225600"] if SUITE == "kvm" else LAB_CPU),
                    deadline=240)
 
     def test_toggle(self):
