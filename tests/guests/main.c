@@ -68,6 +68,7 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "msr-many", t_msr_many, "n= rules, default 4096, in one request" },
 	{ "msr-hold", t_msr_hold, "obeys the serial line, a line at a time" },
 	{ "hold", t_hold, "obeys the serial line: w l b c r q; burst= requests" },
+	{ "bench-msr", t_bench_msr, "what rules for MSRs cost" },
 	{ "bench", t_bench, "latency of lock requests; n= ranges only, runs=" },
 };
 
