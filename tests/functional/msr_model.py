@@ -279,7 +279,8 @@ class TableTest(GuardTest):
         """query-vm-guard."""
         info = self.qmp.command("query-vm-guard")
         self.assertEqual(info["msrs"], [told(rule) for rule in guest], note)
-        self.assertEqual(info["host-msrs"], [told(rule) for rule in host],
+        self.assertEqual(info["host-msrs"],
+                         [{**told(rule), "immutable": True} for rule in host],
                          note)
         self.assertEqual(info["max-msr-ranges"], self.control.max_msr_ranges)
         self.assertEqual(info.get("host-msr-default"), self.default, note)
