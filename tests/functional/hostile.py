@@ -134,6 +134,8 @@ TO_QEMU = {
 }
 
 HANGS_UP = "has closed the connection instead of sending a HELLO"
+#: MSRs of which KVM takes any rule.
+STAR, LSTAR = 0xc0000081, 0xc0000082
 NO_POLICY_CAME = HANGS_UP.replace("a HELLO", "its policy for MSRs")
 
 
@@ -159,21 +161,22 @@ TO_STARTING_QEMU = {
     "half a policy": (announced([(n, n, READ, LOG) for n in range(99)])[:-1],
                       NO_POLICY_CAME),
     "no such default": (announced([], 2), "Invalid argument"),
-    "upside down": (announced([(1, 1, READ, LOG), (2, 1, READ, LOG)]),
+    "upside down": (announced([(1, 1, READ, DENY_MSR), (2, 1, READ, DENY_MSR)]),
                     r"Invalid argument.*rule 1 "),
-    "overlap": (announced([(7, 7, WRITE, LOG), (1, 1, READ, LOG),
-                           (0, 9, READ, LOG)]), r"Invalid argument.*rule 2 "),
-    "immutable": (announced([(1, 1, READ, LOG, IMMUTABLE_MSR)]),
+    "overlap": (announced([(7, 7, WRITE, DENY_MSR), (1, 1, READ, DENY_MSR),
+                           (0, 9, READ, DENY_MSR)]), r"Invalid argument.*rule 2 "),
+    "immutable": (announced([(1, 1, READ, DENY_MSR, IMMUTABLE_MSR)]),
                   r"Invalid argument.*rule 0 "),
     "emulated writes": (announced([(1, 1, WRITE, EMULATE, 0, 1)]),
                         r"Invalid argument.*rule 0 "),
-    "x2APIC": (announced([(0x7ff, 0x7ff, READ, LOG),
-                          (0x7ff, 0x800, WRITE, LOG)]),
+    "x2APIC": (announced([(0x7ff, 0x7ff, READ, DENY_MSR),
+                          (0x7ff, 0x800, WRITE, DENY_MSR)]),
                r"not supported.*rule 1 "),
     "TSC_DEADLINE": (announced([(0x6e0, 0x6e0, WRITE, DENY_MSR)],
                                DEFAULT_DENY), r"not supported.*rule 0 "),
-    "65 pins": (announced([(100, 164, WRITE, PIN, 0, ALL_BITS)]),
-                "No space left"),
+    "too far apart": (announced([(n << 24, n << 24, WRITE, PIN, 0, ALL_BITS)
+                                 for n in range(65)]),
+                      "No space left|not supported"),
 }
 
 
@@ -282,31 +285,34 @@ class Hostile(GuardTest):
                           20 * self.host.patience)
         lock = IMMUTABLE_MSR
         self.assertEqual(control.change_msrs(
-            [(5, 5, WRITE, PIN, lock, 3)]), (0, NO_INDEX))
+            [(LSTAR, LSTAR, WRITE, PIN, lock, 3)]), (0, NO_INDEX))
         before = control.state(), control.msr_rules
-        good = (1, 1, READ, DENY_MSR)
+        good = (STAR, STAR, READ, DENY_MSR)
         cases = [  # rules, status, index
             ([good, (2, 1, READ, DENY_MSR)], 22, 1),
-            ([good, (1, 1, 0, DENY_MSR)], 22, 1),
-            ([good, (1, 1, 4, DENY_MSR)], 22, 1),
-            ([good, (1, 1, READ, 16)], 22, 1),
-            ([good, (1, 1, READ, DENY_MSR | LOG)], 22, 1),
-            ([good, (1, 1, READ, EMULATE, 0, 1)], 22, 1),
-            ([good, (1, 1, READ, PIN, 0, 1)], 22, 1),
-            ([good, (1, 1, WRITE, PIN)], 22, 1),
-            ([good, (1, 1, READ, LOG, 0, 1)], 22, 1),
-            ([good, (1, 1, READ, LOG, 1)], 22, 1),
-            ([good, (1, 1, READ, LOG, lock)], 22, 1),
-            ([(1, 1, READ, LOG, lock), good], 22, 1),
-            ([(1, 1, READ, 0, lock)], 22, 0),
+            ([good, (STAR, STAR, 0, DENY_MSR)], 22, 1),
+            ([good, (STAR, STAR, 4, DENY_MSR)], 22, 1),
+            ([good, (STAR, STAR, READ, 16)], 22, 1),
+            ([good, (STAR, STAR, READ, DENY_MSR | LOG)], 22, 1),
+            ([good, (STAR, STAR, READ, EMULATE, 0, 1)], 22, 1),
+            ([good, (STAR, STAR, READ, PIN, 0, 1)], 22, 1),
+            ([good, (STAR, STAR, WRITE, PIN)], 22, 1),
+            ([good, (STAR, STAR, READ, LOG, 0, 1)], 22, 1),
+            ([good, (STAR, STAR, READ, LOG, 1)], 22, 1),
+            ([good, (STAR, STAR, READ, LOG, lock)], 22, 1),
+            ([(STAR, STAR, READ, LOG, lock), good], 22, 1),
+            ([(STAR, STAR, READ, 0, lock)], 22, 0),
             ([good, (0x8ff, 0x8ff, READ, 0)], 95, 1),
             ([good, (0x6e0, 0x6e0, WRITE, LOG)], 95, 1),
             # One rule after the other: the first that is bad counts.
             ([(0x800, 0x800, READ, LOG), (2, 1, READ, LOG)], 95, 0),
-            ([good, (5, 5, READ | WRITE, 0), (5, 5, WRITE, PIN, 0, 1)], 1, 2),
-            ([(5, 5, WRITE, PIN, 0, 1), (5, 5, WRITE, PIN, 0, 3), good,
-              (0, 9, WRITE, LOG)], 1, 3),
-            ([(0x100, 0x13f, WRITE, PIN, 0, 1)], 28, NO_INDEX),
+            ([good, (LSTAR, LSTAR, READ | WRITE, 0), (LSTAR, LSTAR, WRITE, PIN, 0, 1)], 1, 2),
+            ([(LSTAR, LSTAR, WRITE, PIN, 0, 1), (LSTAR, LSTAR, WRITE, PIN, 0, 3), good,
+              (STAR, LSTAR, WRITE, LOG)], 1, 3),
+            # One pin too many, or too far apart for KVM's filter.
+            ([(0x100, 0x13f, WRITE, PIN, 0, 1)] if self.accel == "tcg" else
+             [(n << 24, n << 24, READ, DENY_MSR) for n in range(1, 17)],
+             28, NO_INDEX),
         ]
         for rules, status, index in cases:
             self.assertEqual(control.change_msrs(rules), (status, index),
@@ -319,7 +325,7 @@ class Hostile(GuardTest):
         self.assertEqual((control.state(), control.msr_rules), before,
                          "a refused request changed it")
         self.assertEqual(vm.qmp.command("query-vm-guard")["msrs"], [
-            {"first": 5, "last": 5, "access": "write", "deny": False,
+            {"first": LSTAR, "last": LSTAR, "access": "write", "deny": False,
              "log": False, "pin": 3, "immutable": True}])
 
     def test_impossible_requests_to_qemu(self):
