@@ -183,7 +183,7 @@ impl VmEvents for Device {
         log_limited!(
             CONNECTIONS,
             Info,
-            "the VM was reset: generation={generation}, nothing is in force"
+            "the VM was reset: generation={generation}, nothing that the guest asked for is in force any more"
         );
         let mut state = self.lock();
         state.begin_generation(generation);

@@ -14,6 +14,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
 from harness.case import GuardTest  # noqa: E402
+from harness.host import REPO  # noqa: E402
 from harness.machine import PASS, Companion  # noqa: E402
 from harness.stream import Ended  # noqa: E402
 
@@ -175,6 +176,18 @@ class HostRules(MsrTest):
     """
     :avocado: tags=tcg,kvm,lab
     """
+
+    def test_examples(self):
+        """Those of examples/ can be enforced wherever MSR rules can."""
+        for path in sorted((REPO / "examples").glob("msr-*.toml")):
+            with self.subTest(path.name):
+                guard = self.companion(path.stem, options=self.policy_file(
+                    path.read_text(encoding="utf-8"), path.name))
+                vm = self.bare_metal("probe", guard, reboot=False)
+                self.assertEqual(vm.wait(), PASS,
+                                 f"{vm.console.tail()}\n{vm.log.tail()}")
+                self.assertIn("are in force", guard.log.text())
+                guard.stop()
 
     def test_deny_list(self):
         """Every action, and MSRs that are not listed."""
