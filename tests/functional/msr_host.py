@@ -20,9 +20,10 @@ from harness.stream import Ended  # noqa: E402
 
 READY = (r"READY generation=(?P<generation>\d+) msr_ranges=(?P<msr_ranges>\d+) "
          r"cpus=2")
-CONFIG = r"CONFIG generation=(?P<generation>\d+) msr_ranges=(?P<msr_ranges>\d+)"
+CONFIG = (r"CONFIG generation=(?P<generation>\d+) msr_ranges=(?P<msr_ranges>\d+) "
+          r".*\n")
 EVENT = (r"EVENT type=2 access=(\d) cpu=(\d+) msr=(0x\w+) value=(0x\w+) "
-         r"action=(\d) times=(\d+)")
+         r"action=(\d) times=(\d+)\n")
 READ, WRITE, BOTH = 1, 2, 3
 LOG, PIN, DENY = 1, 2, 4
 ALL = (1 << 64) - 1
@@ -82,7 +83,7 @@ class MsrTest(GuardTest):
         """An MSR_LOCK (l) or MSR_PROTECT (p) of one entry; its status."""
         return int(self.guest.ask(
             f"{kind} {msr:#x} {last or msr:#x} {access} {action} {mask:#x}\n",
-            r"RULE status=(\d+)").group(1))
+            r"RULE status=(\d+) .*\n").group(1))
 
     def lock(self, msr, access, action, mask=0):
         """That must be possible."""
