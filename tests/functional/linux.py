@@ -22,13 +22,18 @@ class Linux(GuardTest):
     kernel = "6.12-cloud"
 
     def scenario(self, name, *words, reboot=False, deadline=120,
-                 at_last=None, **options):
+                 at_last=None, suspends=False, **options):
         """Run one; every line of the guest must be an ok. Returns them.
-        `at_last` is called with the companion while the VM is still there."""
+        `at_last` is called with the companion while the VM is still there.
+        If the guest `suspends`, it is woken up."""
         companion = self.companion()
         run = f"{name},wait" if at_last else name
         vm = self.linux([f"guard.run={run}", *words], companion,
                         kernel=self.kernel, reboot=reboot, **options)
+        if suspends:
+            vm.connect()
+            vm.qmp.event("SUSPEND", deadline=deadline)
+            vm.qmp.command("system_wakeup")
         if at_last:
             vm.expect(r"^guard-test: ready", deadline)
             at_last(companion)
@@ -86,7 +91,7 @@ class Linux(GuardTest):
 
     def test_suspend(self):
         """Locks hold through suspend to RAM."""
-        self.scenario("suspend")
+        self.scenario("suspend", suspends=True)
 
     def test_msr_attacks_work_without_pins(self):
         """The control experiment of the next ones."""
@@ -106,7 +111,7 @@ class Linux(GuardTest):
 
     def test_msrs_stay_pinned_through_suspend(self):
         """The kernel writes back what suspend to RAM has reset."""
-        self.scenario("msr-suspend", smp=2)
+        self.scenario("msr-suspend", smp=2, suspends=True)
 
     def test_guardctl_msr(self):
         self.scenario("guardctl-msr", smp=2)
