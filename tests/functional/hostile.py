@@ -277,12 +277,7 @@ class Hostile(GuardTest):
 
     def test_impossible_msr_rules_to_qemu(self):
         """RESULT says which rule it is, and nothing changes."""
-        path = f"{self.directory}/ctl"
-        listener = self.host.listen(path)
-        vm = self.vm(["-S", "-chardev", f"socket,id=ctl,path={path}",
-                      "-object", "vm-guard,id=guard0,chardev=ctl"])
-        control = Control(listener.accept(20 * self.host.patience),
-                          20 * self.host.patience)
+        vm, control = self.table()
         lock = IMMUTABLE_MSR
         self.assertEqual(control.change_msrs(
             [(LSTAR, LSTAR, WRITE, PIN, lock, 3)]), (0, NO_INDEX))

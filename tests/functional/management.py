@@ -132,15 +132,11 @@ class HostReads(GuardTest):
             return data[data.index(b"$") + 1:data.index(b"#")].decode()
 
     def test_reads(self):
-        path, stub = f"{self.directory}/ctl", f"{self.directory}/gdb"
+        stub = f"{self.directory}/gdb"
         saved = f"{self.directory}/saved"
-        listener = self.host.listen(path)
-        vm = self.vm([
-            "-S", "-chardev", f"socket,id=ctl,path={path}",
-            "-object", "vm-guard,id=guard0,chardev=ctl",
+        vm, control = self.table(extra=[
             "-gdb", f"unix:{stub},server=on,wait=off", "-device",
             f"loader,addr={self.ADDRESS:#x},data={self.VALUE:#x},data-len=8"])
-        control = Control(listener.accept(30))
         if not control.deny_bits & NOREAD:
             self.cancel("this host does not enforce NOREAD")
         little = self.VALUE.to_bytes(8, "little")

@@ -13,6 +13,7 @@ from pathlib import Path
 from avocado import Test
 
 from . import machine
+from .control import Control
 from .host import LabHost, LocalHost
 
 SUITE = os.environ.get("VHOST_GUARD_SUITE", "tcg")
@@ -53,6 +54,25 @@ class GuardTest(Test):
         options.setdefault("fault", self.fault)
         return machine.Vm(self.host, self.accel, self.directory, extra,
                           **options)
+
+    def table(self, policy=None, extra=(), **options):
+        """A QEMU that never runs, and this test in the companion's place, with
+        these rules of the host; returns both."""
+        path = f"{self.directory}/ctl"
+        listener = self.host.listen(path)
+        vm = self.vm(
+            ["-S", "-chardev", f"socket,id=ctl,path={path}",
+             "-object", "vm-guard,id=guard0,chardev=ctl", *extra], **options)
+        patience = self.host.patience
+        return vm, Control(listener.accept(30 * patience), 60 * patience,
+                           policy)
+
+    def reset_table(self, vm, control):
+        """A system reset of it."""
+        before = control.generation
+        vm.qmp.command("system_reset")
+        control.wait_reset()
+        self.assertEqual(control.generation, before + 1)
 
     def bare_metal(self, test, companion, words=(), devices=(), **options):
         """A QEMU with the bare-metal guest."""
