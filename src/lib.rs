@@ -14,6 +14,7 @@ pub mod device;
 pub mod fd;
 mod log_limit;
 pub mod msr_policy;
+pub mod paging;
 pub mod protect;
 pub mod report;
 pub mod socket;

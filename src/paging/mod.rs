@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! x86-64 page tables, read from outside the guest: what they map, and what each guest frame may be
+//! used for over all its mappings.
+//!
+//! Knows guest memory through vm-memory's [`GuestMemory`](vm_memory::GuestMemory) and the types of
+//! [`protect`](crate::protect), and nothing of devices or VMs. A [`Space`] says which tables to read
+//! how; [`walk()`] tells its mappings one by one. Everything in the tables is hostile.
+
+mod entry;
+mod space;
+mod table;
+mod walk;
+
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod naive;
+
+pub use entry::{Mistake, Rights};
+pub use space::{Levels, Paging, Space, SpaceError};
+pub use table::{Counts, Limits, Malformed, WalkError};
+pub use walk::{Mapping, Walked, walk};
