@@ -133,6 +133,18 @@ fn beyond(paging: &Paging) -> u64 {
     ADDRESS & !((1 << paging.physical_bits) - 1)
 }
 
+/// The bits of a leaf at `level` that say what it maps and with which rights. Two leaves of one
+/// table that differ in other bits only do the same.
+pub(super) fn telling(paging: &Paging, level: u8) -> u64 {
+    let address = if level == 1 {
+        ADDRESS
+    } else {
+        ADDRESS & !LARGE_PAT | LARGE
+    };
+    let dirty = if paging.shadow_stacks { DIRTY } else { 0 };
+    PRESENT | WRITABLE | USER | NO_EXECUTE | address | dirty
+}
+
 /// What the entries on the way to a table, or to a page, have left of rights: R/W and U/S are
 /// ANDed, XD is ORed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -173,6 +185,59 @@ impl Path {
         );
         rights.set(Rights::EXEC_USER, execute && page.user);
         rights
+    }
+
+    /// A number below 8.
+    fn index(self) -> u8 {
+        u8::from(self.writable) | u8::from(self.user) << 1 | u8::from(self.no_execute) << 2
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        (0..8u8).map(|n| Self {
+            writable: n & 1 != 0,
+            user: n & 2 != 0,
+            no_execute: n & 4 != 0,
+        })
+    }
+
+    /// Whether every page below a table gets by `self` at least the rights that it gets by `other`.
+    fn covers(self, other: Self, paging: &Paging) -> bool {
+        let writable = self.writable || !other.writable || !paging.wp;
+        let execute = !self.no_execute || other.no_execute;
+        // With SMEP, user pages have one right more and another one less.
+        let user = self.user == other.user || (self.user && !paging.smep) || other.no_execute;
+        writable && execute && user
+    }
+}
+
+/// A set of paths by which a table was walked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Paths(u8);
+
+impl Paths {
+    pub(super) fn insert(&mut self, path: Path) {
+        self.0 |= 1 << path.index();
+    }
+}
+
+/// For each path the paths that it adds nothing to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Covers([Paths; 8]);
+
+impl Covers {
+    pub(super) fn new(paging: &Paging) -> Self {
+        let mut covers = [Paths::default(); 8];
+        for path in Path::all() {
+            for other in Path::all().filter(|other| other.covers(path, paging)) {
+                covers[usize::from(path.index())].insert(other);
+            }
+        }
+        Self(covers)
+    }
+
+    /// Whether a table that was walked by `walked` has to be walked by `path`, too.
+    pub(super) fn is_new(&self, path: Path, walked: Paths) -> bool {
+        self.0[usize::from(path.index())].0 & walked.0 == 0
     }
 }
 

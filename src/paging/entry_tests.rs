@@ -175,6 +175,33 @@ fn a_dirty_page_that_is_not_writable_is_a_shadow_stack_where_there_are_some() {
     }
 }
 
+/// A table need not be walked again by a path that gives no page below it a right that it has not.
+#[test]
+fn a_path_covers_another_exactly_if_no_leaf_has_more_by_the_other() {
+    for n in 0..8 {
+        let paging = Paging {
+            wp: n & 1 != 0,
+            smep: n & 2 != 0,
+            shadow_stacks: n & 4 != 0,
+            ..FOUR
+        };
+        for path in Path::all() {
+            for other in Path::all() {
+                let leaves = (0..16u64).map(|bits| P | (bits & 7) << 1 | (bits >> 3) << 63);
+                let more = leaves.chain([P | D, P | D | U]).any(|leaf| {
+                    !path
+                        .rights(&paging, leaf)
+                        .contains(other.rights(&paging, leaf))
+                });
+                assert_eq!(path.covers(other, &paging), !more, "{path:?} {other:?}");
+                let mut walked = Paths::default();
+                walked.insert(path);
+                assert_eq!(Covers::new(&paging).is_new(other, walked), more);
+            }
+        }
+    }
+}
+
 #[test]
 fn rights_print_as_in_ls() {
     assert_eq!(Rights::all().to_string(), "rwxu");

@@ -31,6 +31,7 @@ pub(super) const FIVE: Paging = Paging {
 
 pub(super) const LIMITS: Limits<'static> = Limits {
     entries: 1 << 28,
+    ranges: 1 << 22,
     cancel: None,
 };
 

@@ -5,9 +5,12 @@
 //!
 //! Knows guest memory through vm-memory's [`GuestMemory`](vm_memory::GuestMemory) and the types of
 //! [`protect`](crate::protect), and nothing of devices or VMs. A [`Space`] says which tables to read
-//! how; [`walk()`] tells its mappings one by one. Everything in the tables is hostile.
+//! how; [`walk()`] tells its mappings one by one, and [`collective()`] what they add up to. Everything
+//! in the tables is hostile.
 
+mod collective;
 mod entry;
+mod runs;
 mod space;
 mod table;
 mod walk;
@@ -17,6 +20,7 @@ mod fixture;
 #[cfg(test)]
 mod naive;
 
+pub use collective::{Collective, WriteExecMapping, collective};
 pub use entry::{Mistake, Rights};
 pub use space::{Levels, Paging, Space, SpaceError};
 pub use table::{Counts, Limits, Malformed, WalkError};

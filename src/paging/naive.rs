@@ -132,6 +132,31 @@ impl Naive {
             });
         }
     }
+
+    /// What all mappings together let be done with one frame.
+    pub(super) fn rights(&self, frame: u64) -> Rights {
+        let mut rights = Rights::empty();
+        for mapping in &self.mappings {
+            let pages = mapping.size / 4096;
+            if (mapping.pa / 4096..mapping.pa / 4096 + pages).contains(&frame) {
+                rights |= mapping.rights;
+            }
+        }
+        rights
+    }
+
+    /// Frames where rights may change, with those beside them.
+    pub(super) fn edges(&self) -> Vec<u64> {
+        let mut edges = Vec::new();
+        for mapping in &self.mappings {
+            let start = mapping.pa / 4096;
+            let end = start + mapping.size / 4096;
+            edges.extend([start.saturating_sub(1), start, end - 1, end]);
+        }
+        edges.sort_unstable();
+        edges.dedup();
+        edges
+    }
 }
 
 /// Few tables with few entries, which lead to each other, to themselves and out of memory, at all

@@ -23,15 +23,18 @@ const EXAMPLES: usize = 64;
 pub struct Limits<'a> {
     /// Entries read, 512 for each table. The 64 GiB direct map of a Linux in 4 KiB pages has 2^24.
     pub entries: u64,
+    /// Disjoint ranges of frames with different rights ([`collective()`](super::collective()) only).
+    pub ranges: usize,
     /// Once this is true the walk ends; looked at before each table.
     pub cancel: Option<&'a AtomicBool>,
 }
 
 impl Default for Limits<'_> {
-    /// 2^28 entries, which is a second or so.
+    /// 2^28 entries, which is a second or so; 2^22 ranges, which is 64 MiB.
     fn default() -> Self {
         Self {
             entries: 1 << 28,
+            ranges: 1 << 22,
             cancel: None,
         }
     }
@@ -46,6 +49,9 @@ pub enum WalkError {
     /// The tables are more than the walk may read.
     #[error("page tables have more than {0} entries to read")]
     TooManyEntries(u64),
+    /// Too many ranges of frames differ in their rights.
+    #[error("page tables make more than {0} ranges of pages with different rights")]
+    TooManyRanges(usize),
     /// Somebody wanted the walk to end.
     #[error("walk of the page tables was cancelled")]
     Cancelled,
@@ -63,6 +69,14 @@ pub struct Counts {
 }
 
 impl Counts {
+    pub(super) fn add(&mut self, other: &Self) {
+        for (sum, n) in self.mappings.iter_mut().zip(other.mappings) {
+            *sum += n;
+        }
+        self.reserved += other.reserved;
+        self.outside += other.outside;
+    }
+
     /// Adds `n` leaves of a table at `level`.
     pub(super) fn leaves(&mut self, level: u8, n: u64) {
         self.mappings[usize::from(level) - 1] += n;

@@ -226,6 +226,7 @@ fn a_walk_ends_at_its_limit_or_when_it_is_cancelled() {
     let limits = Limits {
         entries: 10_000,
         cancel: Some(&flag),
+        ..LIMITS
     };
     let ended = walk(
         &guest.memory,
