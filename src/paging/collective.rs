@@ -72,6 +72,10 @@ impl Collective {
         }
     }
 
+    pub(super) fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
     /// How many frames have exactly `rights`, at index `rights.bits()`.
     pub fn pages(&self) -> [u64; 16] {
         let mut pages = [0; 16];
@@ -502,4 +506,4 @@ fn alike<const SHIFT: u32>(entries: &[u64], telling: u64) -> usize {
 
 #[cfg(test)]
 #[path = "collective_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -11,6 +11,22 @@ use super::super::naive::{Naive, hostile};
 use super::super::{Paging, Space};
 use super::*;
 
+/// What is known of frames, without tables: disjoint, ascending, both ends included.
+pub(in crate::paging) fn from_runs(runs: &[(u64, u64, Rights)]) -> Collective {
+    let mut all = Runs::new(usize::MAX);
+    for &(start, end, rights) in runs {
+        all.add(start, end - start + 1, rights).unwrap();
+    }
+    Collective {
+        runs: all.finish().unwrap(),
+        counts: Counts::default(),
+        malformed: Vec::new(),
+        write_exec: Vec::new(),
+        tables: 0,
+        entries_read: 0,
+    }
+}
+
 fn of(guest: &Guest, paging: Paging) -> Collective {
     let space = Space::whole(paging, ROOT).unwrap();
     collective(&guest.memory, &space, &LIMITS).unwrap()

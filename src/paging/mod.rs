@@ -5,11 +5,13 @@
 //!
 //! Knows guest memory through vm-memory's [`GuestMemory`](vm_memory::GuestMemory) and the types of
 //! [`protect`](crate::protect), and nothing of devices or VMs. A [`Space`] says which tables to read
-//! how; [`walk()`] tells its mappings one by one, and [`collective()`] what they add up to. Everything
-//! in the tables is hostile.
+//! how; [`walk()`] tells its mappings one by one, [`collective()`] tells what they add up to, and
+//! [`plan()`] turns that into what can be denied. Everything in the tables is hostile:
+//! `docs/paging.md` has the rules, with the SDM's sections.
 
 mod collective;
 mod entry;
+mod plan;
 mod runs;
 mod space;
 mod table;
@@ -22,6 +24,7 @@ mod naive;
 
 pub use collective::{Collective, WriteExecMapping, collective};
 pub use entry::{Mistake, Rights};
+pub use plan::{Counts as PlanCounts, Plan, Policy, Refused, Unmapped, WriteExec, plan};
 pub use space::{Levels, Paging, Space, SpaceError};
 pub use table::{Counts, Limits, Malformed, WalkError};
 pub use walk::{Mapping, Walked, walk};
