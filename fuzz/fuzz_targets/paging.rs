@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `cargo +nightly fuzz run paging`, from the top of the tree.
+
+#![no_main]
+
+// Shared with a test that needs no fuzzer.
+#[path = "../../tests/common/paging_input.rs"]
+mod paging_input;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| paging_input::run(input));
