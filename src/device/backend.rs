@@ -36,8 +36,8 @@ use crate::log_limit::{LogLimit, log_limited};
 
 static REFUSED: LogLimit = LogLimit::new(5);
 
-/// Queues of the device: control and events.
-pub const NUM_QUEUES: usize = 2;
+/// Queues of the device: control, events and walk.
+pub const NUM_QUEUES: usize = 3;
 /// The id under which the worker's epoll reports [`Backend::again`]; ids up to the number of
 /// queues belong to the crate.
 pub const AGAIN: u64 = NUM_QUEUES as u64 + 1;

@@ -55,7 +55,7 @@ impl FrontEnd {
         );
         frontend.set_protocol_features(protocol).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        assert_eq!(frontend.get_queue_num().unwrap(), 2);
+        assert_eq!(frontend.get_queue_num().unwrap(), 3);
         frontend.set_owner().unwrap();
         frontend.set_features(features & wanted | 1 << 30).unwrap();
         front_end.features = features;
@@ -66,7 +66,7 @@ impl FrontEnd {
         let stream = UnixStream::connect(companion.socket_path()).unwrap();
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         Self {
-            frontend: Frontend::from_stream(stream, 2),
+            frontend: Frontend::from_stream(stream, 3),
             features: 0,
             kick: [event(), event()],
             call: [event(), event()],
