@@ -5,12 +5,17 @@
 //! each; the table at the end has the ratio, of runs in turn, and the memory. Knows the library as
 //! its users do.
 //!
-//! `ROUNDS` is how many runs each figure of that table is the median of.
+//! `ROUNDS` is how many runs each figure of that table is the median of. `PAGE_TABLES` is
+//! `NAME=FILE,CR3,CR4` with the memory of a guest, from address 0 on, whose tables are looked at, too;
+//! more of them are separated by `;`. `scripts/bench` makes such files.
 
 // Counting what is allocated takes an allocator.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::HashSet;
+use std::error::Error;
+use std::fs::File;
 use std::hint::black_box;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +24,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput};
 use rustix::time::{ClockId, clock_gettime};
 use vhost_guard::paging::{Levels, Limits, Paging, Space, collective, walk};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 const PAGE: u64 = 4096;
 /// Where the tables are: beyond what they map.
@@ -84,13 +89,16 @@ impl Pages {
     }
 }
 
-/// A guest that consists of nothing but page tables.
+/// A guest and its page tables.
 struct Guest {
     memory: GuestMemoryMmap,
-    tables: u64,
+    space: Space,
+    /// Where the tables are, in the order in which the plain read reads them.
+    tables: Vec<GuestAddress>,
 }
 
 impl Guest {
+    /// One that consists of nothing but page tables.
     fn new(gib: u64, pages: Pages) -> Self {
         let areas = gib * 512;
         let level1 = (0..areas).filter(|&area| pages.has_table(area)).count() as u64;
@@ -98,7 +106,13 @@ impl Guest {
         let size = (tables * PAGE) as usize;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(TABLES), size)])
             .expect("address space for the tables");
-        let guest = Self { memory, tables };
+        let guest = Self {
+            memory,
+            space: Space::kernel_half(PAGING, TABLES).expect("the root is aligned"),
+            tables: (0..tables)
+                .map(|table| GuestAddress(TABLES + table * PAGE))
+                .collect(),
+        };
         let address = |table: u64| (TABLES + table * PAGE) | P | W;
         guest.set(0, DIRECT_MAP >> 39 & 511, address(1));
         let mut next = 2 + gib;
@@ -120,6 +134,49 @@ impl Guest {
         guest
     }
 
+    /// One whose memory was saved.
+    fn saved(file: File, cr3: u64, cr4: u64) -> Result<Self, Box<dyn Error>> {
+        const LINUX_CR0: u64 = 0x8005_0033;
+        const LINUX_EFER: u64 = 0xd01;
+        let size = file.metadata()?.len() as usize;
+        let range = (GuestAddress(0), size, Some(FileOffset::new(file, 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range])?;
+        let paging = Paging::from_registers(LINUX_CR0, cr4, LINUX_EFER, 52, true)?;
+        let root = cr3 & !0xfff;
+        let mut guest = Self {
+            memory,
+            space: Space::kernel_half(paging, root)?,
+            tables: Vec::new(),
+        };
+        let mut seen = HashSet::new();
+        guest.find(root, paging.levels.number(), 256, &mut seen);
+        Ok(guest)
+    }
+
+    /// Notes a table of the upper half and those below it, each once.
+    fn find(&mut self, table: u64, level: u8, from: u64, seen: &mut HashSet<u64>) {
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        let at = GuestAddress(table);
+        if !self
+            .memory
+            .check_range(at, PAGE as usize, Permissions::Read)
+            || !seen.insert(table)
+        {
+            return;
+        }
+        self.tables.push(at);
+        if level == 1 {
+            return;
+        }
+        for index in from..512 {
+            let entry = self.memory.read_obj(GuestAddress(table + index * 8));
+            let entry = u64::from_le(entry.expect("checked"));
+            if entry & P != 0 && entry & LARGE == 0 {
+                self.find(entry & ADDRESS, level - 1, 0, seen);
+            }
+        }
+    }
+
     fn set(&self, table: u64, index: u64, entry: u64) {
         self.memory
             .write_obj(
@@ -134,8 +191,7 @@ impl Guest {
     fn read(&self) -> u64 {
         let mut buffer = [0u64; 512];
         let mut sum = 0u64;
-        for table in 0..self.tables {
-            let at = GuestAddress(TABLES + table * PAGE);
+        for &at in &self.tables {
             let slices = self.memory.get_slices(at, PAGE as usize, Permissions::Read);
             let page = slices
                 .expect("memory")
@@ -148,81 +204,97 @@ impl Guest {
         sum
     }
 
-    fn space(&self) -> Space {
-        Space::kernel_half(PAGING, TABLES).expect("the root is aligned")
-    }
-
     fn collective(&self) -> usize {
-        let found = collective(&self.memory, &self.space(), &Limits::default());
+        let found = collective(&self.memory, &self.space, &Limits::default());
         found.expect("within limits").len()
     }
 
-    fn walk(&self) -> u64 {
-        let mut sum = 0;
-        let walked = walk(&self.memory, &self.space(), &Limits::default(), |mapping| {
+    /// Mappings and an XOR of what they map to.
+    fn walk(&self) -> (u64, u64) {
+        let (mut mappings, mut sum) = (0, 0);
+        let walked = walk(&self.memory, &self.space, &Limits::default(), |mapping| {
+            mappings += 1;
             sum ^= mapping.pa;
             ControlFlow::Continue(())
         });
         walked.expect("within limits");
-        sum
+        (mappings, sum)
     }
 }
 
 const ALL: [Pages; 4] = [Pages::Small, Pages::Large, Pages::Mixed, Pages::Scattered];
 const GIB: [u64; 3] = [4, 16, 64];
 
-fn times(criterion: &mut Criterion) {
+/// All guests that are looked at, one after the other, by name.
+fn each_guest(mut take: impl FnMut(&str, &Guest)) {
     for pages in ALL {
-        let mut group = criterion.benchmark_group(format!("direct map, {}", pages.name()));
+        for gib in GIB {
+            let name = format!("{} {gib} GiB", pages.name());
+            take(&name, &Guest::new(gib, pages));
+        }
+    }
+    let saved = std::env::var("PAGE_TABLES").unwrap_or_default();
+    for saved in saved.split(';').filter(|saved| !saved.is_empty()) {
+        let (name, guest) = parse(saved).unwrap_or_else(|e| panic!("PAGE_TABLES: {saved}: {e}"));
+        take(name, &guest);
+    }
+}
+
+fn parse(saved: &str) -> Result<(&str, Guest), Box<dyn Error>> {
+    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16);
+    let (name, rest) = saved.split_once('=').ok_or("no name")?;
+    let mut rest = rest.rsplitn(3, ',');
+    let mut next = || rest.next().ok_or("not FILE,CR3,CR4");
+    let (cr4, cr3, path) = (next()?, next()?, next()?);
+    let file = File::options().read(true).write(true).open(path)?;
+    Ok((name, Guest::saved(file, number(cr3)?, number(cr4)?)?))
+}
+
+fn times(criterion: &mut Criterion) {
+    each_guest(|name, guest| {
+        let mut group = criterion.benchmark_group(name);
         group
             .sample_size(10)
             .warm_up_time(Duration::from_millis(300));
         group.measurement_time(Duration::from_secs(1));
-        for gib in GIB {
-            let guest = Guest::new(gib, pages);
-            group.throughput(Throughput::Bytes(guest.tables * PAGE));
-            let name = |what| format!("{gib} GiB/{what}");
-            group.bench_function(name("read"), |b| b.iter(|| guest.read()));
-            group.bench_function(name("collective"), |b| b.iter(|| guest.collective()));
-            group.bench_function(name("walk"), |b| b.iter(|| guest.walk()));
-        }
-    }
+        group.throughput(Throughput::Bytes(guest.tables.len() as u64 * PAGE));
+        group.bench_function("read", |b| b.iter(|| guest.read()));
+        group.bench_function("collective", |b| b.iter(|| guest.collective()));
+        group.bench_function("walk", |b| b.iter(|| guest.walk().1));
+    });
 }
 
+/// For each guest a line of name=value: times are medians in microseconds, heap is in KiB.
 fn ratios() {
     let rounds = std::env::var("ROUNDS")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(11);
-    println!(
-        "pages      GiB tables  ranges   read us   collective us (ratio)   walk us (ratio)   heap KiB"
-    );
-    for pages in ALL {
-        for gib in GIB {
-            let guest = Guest::new(gib, pages);
-            let mut rows: [Vec<f64>; 3] = Default::default();
-            for _ in 0..rounds {
-                rows[0].push(micros(|| {
-                    black_box(guest.read());
-                }));
-                rows[1].push(micros(|| guest.collective()));
-                rows[2].push(micros(|| guest.walk()));
-            }
-            let [read, collective, walk] = rows.map(median);
-            let before = HEAP.load(Ordering::Relaxed);
-            PEAK.store(before, Ordering::Relaxed);
-            let ranges = guest.collective();
-            let heap = PEAK.load(Ordering::Relaxed) - before;
-            println!(
-                "{:10} {gib:3} {:6} {ranges:7} {read:9.0} {collective:15.0} ({:.2}) {walk:12.0} ({:.2}) {:10}",
-                pages.name(),
-                guest.tables,
-                collective / read,
-                walk / read,
-                heap / 1024,
-            );
+    each_guest(|name, guest| {
+        let mut rows: [Vec<f64>; 3] = Default::default();
+        for _ in 0..rounds {
+            rows[0].push(micros(|| guest.read()));
+            rows[1].push(micros(|| guest.collective()));
+            rows[2].push(micros(|| guest.walk()));
         }
-    }
+        // Of runs that lay beside each other, which is fairer than that of the medians.
+        let ratio = |row: &[f64]| median(row.iter().zip(&rows[0]).map(|(t, r)| t / r).collect());
+        let (of_collective, of_walk) = (ratio(&rows[1]), ratio(&rows[2]));
+        let [read, collective, walk] = rows.map(median);
+        let before = HEAP.load(Ordering::Relaxed);
+        PEAK.store(before, Ordering::Relaxed);
+        let ranges = guest.collective();
+        let heap = PEAK.load(Ordering::Relaxed) - before;
+        println!(
+            "PAGING guest={} tables={} mapped={} ranges={ranges} read_us={read:.0} \
+             collective_us={collective:.0} collective_ratio={of_collective:.2} walk_us={walk:.0} \
+             walk_ratio={of_walk:.2} heap_kib={}",
+            name.replace(' ', "_"),
+            guest.tables.len(),
+            guest.walk().0,
+            heap / 1024,
+        );
+    });
 }
 
 /// Time that this thread had a CPU: others want it, too.
