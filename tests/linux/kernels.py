@@ -267,9 +267,11 @@ def kernel_make(kernel, directory):
 
 
 def build_modules(kernel):
-    """The driver, the attacks, guardtest and compat; returns their directory."""
+    """The driver, the modules of the tests, guardtest and compat; returns
+    their directory."""
     sources = {"guest-driver": REPO / "guest-driver",
-               "attack": HERE / "attack", "guardtest": HERE / "guardtest"}
+               "attack": HERE / "attack", "ptdump": HERE / "ptdump",
+               "guardtest": HERE / "guardtest"}
     with tempfile.TemporaryDirectory() as clean:
         # Hash what would be built, not what an earlier build left.
         digest = hashlib.sha256()
@@ -288,10 +290,10 @@ def build_modules(kernel):
         with built_into(final) as work:
             for name, source in sources.items():
                 copy_sources(source, work / name)
-            for name in ("guest-driver", "attack"):
+            for name in ("guest-driver", "attack", "ptdump"):
                 kernel_make(kernel, work / name)
             for module in ("guest-driver/virtio_guard.ko", "attack/attack.ko",
-                           "attack/attack_msr.ko"):
+                           "attack/attack_msr.ko", "ptdump/ptdump.ko"):
                 shutil.copyfile(work / module, work / Path(module).name)
                 run(["strip", "-g", work / Path(module).name])
             run(["gcc", "-static", "-O1", "-Wall", "-Wextra", "-Werror",
@@ -455,7 +457,7 @@ def pack_initramfs(kernel, modules, guardctl):
         cpio.file(f"guard/{name}",
                   (modules / "guardtest" / name).read_bytes())
     cpio.file("guard/guardctl", guardctl.read_bytes())
-    for name in ("virtio_guard.ko", "attack.ko", "attack_msr.ko"):
+    for name in ("virtio_guard.ko", "attack.ko", "attack_msr.ko", "ptdump.ko"):
         cpio.file(f"guard/{name}", (modules / name).read_bytes(), 0o644)
     deps = []
     for name, (data, depends) in {**base, **extra}.items():
