@@ -6,11 +6,12 @@
 //! Knows guest memory through vm-memory's [`GuestMemory`](vm_memory::GuestMemory) and the types of
 //! [`protect`](crate::protect), and nothing of devices or VMs. A [`Space`] says which tables to read
 //! how; [`walk()`] tells its mappings one by one, [`collective()`] tells what they add up to, and
-//! [`plan()`] turns that into what can be denied. Everything in the tables is hostile:
+//! [`plan()`] turns that into what can be taken away. Everything in the tables is hostile:
 //! `docs/paging.md` has the rules, with the SDM's sections.
 
 mod collective;
 mod entry;
+mod order;
 mod plan;
 mod runs;
 mod space;
@@ -24,7 +25,8 @@ mod naive;
 
 pub use collective::{Collective, WriteExecMapping, collective};
 pub use entry::{Mistake, Rights};
-pub use plan::{Counts as PlanCounts, Plan, Policy, Refused, Unmapped, WriteExec, plan};
+pub use order::{PlannedOrder, TooManyPieces};
+pub use plan::{Counts as PlanCounts, Piece, Plan, Policy, Unmapped, WriteExec, plan};
 pub use space::{Levels, Paging, Space, SpaceError};
 pub use table::{Counts, Limits, Malformed, WalkError};
 pub use walk::{Mapping, Walked, walk};

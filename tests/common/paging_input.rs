@@ -9,7 +9,7 @@ use vhost_guard::paging::{
     Counts, Levels, Limits, Paging, Policy, Rights, Space, Unmapped, WriteExec, collective, plan,
     walk,
 };
-use vhost_guard::protect::{Deny, GfnRange};
+use vhost_guard::protect::{Attributes, Deny, GfnRange, Protection};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Pages of memory, the last of them only half there.
@@ -92,18 +92,22 @@ pub(crate) fn run(input: &[u8]) {
         }
     }
 
-    let ram = GfnRange::new(0, PAGES as u64 - 1).expect("in order");
+    let both = Deny::NOWRITE | Deny::NOEXEC_KERNEL;
+    let ram = Protection {
+        range: GfnRange::new(0, PAGES as u64 - 1).expect("in order"),
+        attributes: Attributes::new(both, Deny::empty()),
+    };
     let policy = Policy {
         unmapped: Unmapped::Deny,
         write_exec: WriteExec::Report,
     };
-    let plan = plan(&found, &[ram, ram], policy, Deny::all()).expect("nothing to refuse");
+    let plan = plan(&found, &[ram, ram], policy);
     assert_eq!(plan.counts.pages, PAGES as u64);
-    for protection in plan.protections {
-        let range = protection.range;
-        for frame in range.start().number()..=range.end().number() {
+    for piece in plan.given() {
+        assert_eq!(piece.entry, 1);
+        for frame in piece.range.start().number()..=piece.range.end().number() {
             let rights = found.get(frame);
-            let denied = protection.attributes.deny();
+            let denied = piece.attributes.deny();
             assert_eq!(
                 denied.contains(Deny::NOWRITE),
                 !rights.contains(Rights::WRITE)
