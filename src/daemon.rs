@@ -81,7 +81,7 @@ pub fn run(
         status,
     } = listeners;
     let outbox = Arc::new(Outbox::new()?);
-    let device = Arc::new(Device::new(outbox.clone(), policy.clone(), witness));
+    let device = Device::new(outbox.clone(), policy.clone(), witness);
     let events: Arc<dyn VmEvents> = device.clone();
     let (ended, first_end) = mpsc::channel();
     spawn("control-channel", ended.clone(), move || {

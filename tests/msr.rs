@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::front_end::{F_ALL, F_EVENT_IDX, F_MSR};
+use common::front_end::{F_ALL, F_EVENT_IDX, F_KERNEL, F_MSR};
 use common::guest::{LOCK, MSR_BITMAP, MSR_LOCK, MSR_PROTECT, MSR_QUERY, PROTECT, SEAL};
 use common::msr::*;
 use common::vm_guard::{NO_POLICY, Rule, VIOLATION, hello_msrs, violation_with};
@@ -14,7 +14,7 @@ const LSTAR: u32 = 0xc000_0082;
 
 #[test]
 fn rules_for_msrs_are_offered_where_there_can_be_some() {
-    for (max, features) in [(0, F_ALL), (7, F_ALL | F_MSR)] {
+    for (max, features) in [(0, F_ALL | F_KERNEL), (7, F_ALL | F_KERNEL | F_MSR)] {
         let hello = hello_msrs(max, 16, NO_POLICY);
         let mut s = Setup::on(Companion::start(), &hello);
         assert_eq!(s.front_end.features & 0xff, features);

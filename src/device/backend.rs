@@ -30,14 +30,14 @@ use vmm_sys_util::event::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::wire::{MAX_QUEUE_SIZE, Rights};
-use super::{CONTROL, Device, EVENTS};
+use super::{Device, QUEUES};
 use crate::fd;
 use crate::log_limit::{LogLimit, log_limited};
 
 static REFUSED: LogLimit = LogLimit::new(5);
 
 /// Queues of the device: control, events and walk.
-pub const NUM_QUEUES: usize = 3;
+pub const NUM_QUEUES: usize = QUEUES;
 /// The id under which the worker's epoll reports [`Backend::again`]; ids up to the number of
 /// queues belong to the crate.
 pub const AGAIN: u64 = NUM_QUEUES as u64 + 1;
@@ -147,8 +147,7 @@ impl VhostUserBackend for Backend {
 
     fn reset_device(&self) {
         self.device.set_features(0);
-        self.device.stop(CONTROL);
-        self.device.stop(EVENTS);
+        (0..QUEUES as u32).for_each(|queue| self.device.stop(queue));
     }
 
     fn set_event_idx(&self, _enabled: bool) {}
@@ -206,8 +205,7 @@ impl VhostUserBackend for Backend {
         Sentinel::post(&self.worker);
         if u64::from(event) == AGAIN {
             let _ = self.again.read();
-            self.device.serve(CONTROL, None);
-            self.device.serve(EVENTS, None);
+            (0..QUEUES as u32).for_each(|queue| self.device.serve(queue, None));
         } else if let Some(vring) = vrings.get(usize::from(event)) {
             self.device.serve(u32::from(event), Some(vring));
         }

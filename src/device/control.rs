@@ -1,27 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The life of a request: popped, checked, sent to the VM's owner one at a time or answered from
-//! the table, in the order in which the driver made it available.
+//! the table, in the order in which the driver made it available. Each queue has its own.
 //!
 //! That order is what makes "no request lost, none answered twice" true: after the death of a
 //! companion QEMU has only the used index to go by. Knows the ring's rules and the enforcer; who
 //! calls it holds the device's lock, and nothing here waits.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::chain::Answer;
+use super::kernel_wire::{self, KernelRequest, Report};
 use super::msr_wire;
 use super::ring::{Fault, Left, Popped, Turn};
-use super::wire::{self, Errno, Limits, QUEUE_SIZE, RESPONSE_SIZE, Refusal, Request};
+use super::wire::{self, Errno, Lane, Limits, QUEUE_SIZE, Refusal, Request};
 use crate::protect::{Demand, msr};
 use crate::vm::enforcer::Outcome;
 
-/// A query that finds so many ranges takes as long as a chain of the longest.
+/// An answer with so many ranges takes as long as a chain of the longest.
 const RANGES_PER_TURN: usize = 1024;
 
 /// What requests are held against.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Known<'a> {
+    /// The queue that they came by.
+    pub(super) lane: Lane,
     pub(super) limits: Limits,
     /// The tables are known to be what is in force, and nothing is about to change them.
     pub(super) settled: bool,
@@ -51,12 +55,15 @@ struct Pending {
 
 #[derive(Debug)]
 enum State {
-    /// The VM's owner is to carry it out, or is about it; or the table has to settle first.
+    /// The VM's owner is to carry it out, or is about it; or the table has to settle first, or page
+    /// tables be read.
     Asked { answer: Answer, request: Request },
     /// Only older requests are in the way.
     Answered {
         answer: Answer,
         response: Result<u64, Refusal>,
+        /// What page tables were found to say.
+        report: Option<Report>,
     },
     /// To be given back with nothing in it.
     Malformed,
@@ -70,7 +77,7 @@ impl Requests {
             return Ok(Left::Nothing);
         }
         turn.drain(|turn, popped| {
-            self.take(turn, popped, known.limits);
+            self.take(turn, popped, known);
             self.give_back(turn, known)?;
             Ok(!self.is_full())
         })
@@ -81,25 +88,27 @@ impl Requests {
         self.pending.len() >= usize::from(QUEUE_SIZE)
     }
 
-    fn take(&mut self, turn: &mut Turn<'_>, popped: Popped<'_>, limits: Limits) {
+    fn take(&mut self, turn: &mut Turn<'_>, popped: Popped<'_>, known: Known<'_>) {
+        let Known { lane, limits, .. } = known;
         let Popped {
             position,
             head,
             chain,
         } = popped;
-        let state = match turn.walk(chain, RESPONSE_SIZE) {
+        let state = match turn.walk(chain, lane.answer_size()) {
             Err(_) => State::Malformed,
             Ok(chain) => {
                 let request = chain
                     .copy(turn.guest())
                     .map_err(Refusal::from)
-                    .and_then(|bytes| wire::parse_request(&bytes, chain.total(), limits));
+                    .and_then(|bytes| wire::parse_request(lane, &bytes, chain.total(), limits));
                 let answer = chain.answer;
                 match request {
                     Ok(request) => State::Asked { answer, request },
                     Err(refusal) => State::Answered {
                         answer,
                         response: Err(refusal),
+                        report: None,
                     },
                 }
             }
@@ -115,14 +124,25 @@ impl Requests {
         while let Some(pending) = self.pending.front() {
             let (written, ok) = match &pending.state {
                 State::Asked {
-                    request: Request::Order { .. },
+                    request: Request::Order { .. } | Request::Kernel(_),
                     ..
                 } => break,
                 State::Asked { .. } if !known.settled => break,
                 State::Asked { answer, request } => (tell(turn, answer, request, known), true),
-                State::Answered { answer, response } => {
-                    let written = turn.write(answer, &wire::encode_response(*response));
-                    (written.then_some(RESPONSE_SIZE), response.is_ok())
+                State::Answered {
+                    answer,
+                    response,
+                    report,
+                } => {
+                    let bytes = match known.lane {
+                        Lane::Control => wire::encode_response(*response).to_vec(),
+                        Lane::Walk => {
+                            kernel_wire::encode(*response, report.as_ref(), answer.room())
+                        }
+                    };
+                    turn.spend(report.as_ref().map_or(0, Report::told_len) / RANGES_PER_TURN);
+                    let written = turn.write(answer, &bytes);
+                    (written.then_some(bytes.len()), response.is_ok())
                 }
                 State::Malformed => (None, false),
             };
@@ -149,25 +169,30 @@ impl Requests {
         }
     }
 
-    /// How the request that [`Requests::next`] named has ended.
-    pub(super) fn finish(&mut self, outcome: Outcome) {
-        if let Some(pending) = self.pending.front_mut() {
-            pending.answer(response_of(outcome));
+    /// Whose page tables are to be read next.
+    pub(super) fn kernel(&self) -> Option<&Arc<KernelRequest>> {
+        match &self.pending.front()?.state {
+            State::Asked {
+                request: Request::Kernel(request),
+                ..
+            } => Some(request),
+            _ => None,
         }
     }
 
-    /// The request that [`Requests::next`] named is not to be carried out.
-    pub(super) fn refuse(&mut self, refusal: Refusal) {
+    /// How the request that [`Requests::next`] or [`Requests::kernel`] named has ended, and what
+    /// else is told of it.
+    pub(super) fn finish(&mut self, response: Result<u64, Refusal>, report: Option<Report>) {
         if let Some(pending) = self.pending.front_mut() {
-            pending.answer(Err(refusal));
+            pending.answer(response, report);
         }
     }
 
-    /// Answers all that wait for the VM's owner with `errno`.
+    /// Answers all that wait with `errno`.
     pub(super) fn refuse_all(&mut self, errno: Errno) {
         for pending in &mut self.pending {
             if matches!(pending.state, State::Asked { .. }) {
-                pending.answer(Err(errno.into()));
+                pending.answer(Err(errno.into()), None);
             }
         }
     }
@@ -183,14 +208,18 @@ impl Requests {
 
 impl Pending {
     /// The index of `response` is that of an entry of what is demanded.
-    fn answer(&mut self, response: Result<u64, Refusal>) {
+    fn answer(&mut self, response: Result<u64, Refusal>, report: Option<Report>) {
         self.state = match std::mem::replace(&mut self.state, State::Malformed) {
             State::Asked { answer, request } => {
                 let response = response.map_err(|refusal| Refusal {
                     index: refusal.index.and_then(|index| request.entry_of(index)),
                     ..refusal
                 });
-                State::Answered { answer, response }
+                State::Answered {
+                    answer,
+                    response,
+                    report,
+                }
             }
             other => other,
         };
@@ -213,14 +242,14 @@ fn tell(
             let held = msr_wire::held(known.msrs, *query);
             wire::encode_query(held.into_iter(), answer.room())
         }
-        Request::Order { .. } => return None,
+        Request::Order { .. } | Request::Kernel(_) => return None,
     };
     turn.spend(found as usize / RANGES_PER_TURN);
     turn.write(answer, &bytes).then_some(bytes.len())
 }
 
 /// What the driver is told. A status that the device's specification does not have becomes EIO.
-fn response_of(outcome: Outcome) -> Result<u64, Refusal> {
+pub(super) fn response_of(outcome: Outcome) -> Result<u64, Refusal> {
     match outcome.status {
         0 => Ok(outcome.generation),
         status => Err(Refusal {
@@ -251,6 +280,7 @@ mod tests {
             deny: Deny::NOWRITE,
             audit: Deny::empty(),
             msrs: false,
+            kernel: false,
         },
         max_request_ranges: 4096,
     };
@@ -311,6 +341,7 @@ mod tests {
             let memory = self.memory.memory();
             let guest = Guarded::new(&memory, &self.table);
             let known = Known {
+                lane: Lane::Control,
                 limits: LIMITS,
                 settled: true,
                 msrs: &msr::Table::default(),
@@ -355,7 +386,7 @@ mod tests {
             );
             if !locked_before {
                 guest.table.tell(&lock);
-                requests.finish(DONE);
+                requests.finish(response_of(DONE), None);
                 guest.serve(&mut requests).unwrap();
             }
             assert_eq!(guest.used_idx(), 1);
@@ -387,7 +418,7 @@ mod tests {
             ranges_in_force: 1,
             msr_ranges_in_force: 0,
         };
-        requests.finish(done);
+        requests.finish(response_of(done), None);
         assert_eq!(guest.serve(&mut requests), Ok(Left::Nothing));
         assert_eq!(
             (guest.used_idx(), guest.queue.next_avail()),

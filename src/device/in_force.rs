@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::wire::{Errno, Refusal};
 use crate::protect::msr::{self, Budget, MAX_FILTER_RANGES, Policy, Refused, Rules};
-use crate::protect::{self, Demand, Table};
+use crate::protect::{self, Attributes, Demand, Deny, Protection, Table};
 use crate::vm::enforcer::{self, MsrInfo};
 
 /// Pages and MSRs, with the host's rules.
@@ -104,6 +104,25 @@ impl InForce {
     /// Whether the guest's tables are these.
     pub(super) fn is(&self, told: &enforcer::InForce) -> bool {
         self.pages == told.pages && *self.msrs() == told.msrs
+    }
+
+    /// Whether it comes to what is so already.
+    pub(super) fn holds(&self, change: &Change) -> bool {
+        match change {
+            Change::Pages(change) => self.pages.holds(change),
+            Change::Msrs(_) | Change::Seal(_) => false,
+        }
+    }
+
+    /// The pages that may not be read.
+    pub(super) fn hidden(&self) -> Table {
+        let held = self.pages.iter();
+        held.filter(|held| held.attributes.deny().contains(Deny::NOREAD))
+            .map(|held| Protection {
+                attributes: Attributes::new(Deny::NOREAD, Deny::empty()),
+                ..held
+            })
+            .collect()
     }
 
     /// Disjoint ranges of pages.

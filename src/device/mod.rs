@@ -2,9 +2,10 @@
 
 //! The virtio device: what survives its vhost-user connections, behind one lock.
 //!
-//! Three threads call in: the vring worker and the vhost-user thread through [`backend`], the
-//! control channel's through `VmEvents`. Each takes the device's lock, then that of a vring, and
-//! never waits with either held. Knows the enforcer as a trait, and no socket.
+//! Four threads call in: the vring worker and the vhost-user thread through [`backend`], the
+//! control channel's through `VmEvents`, and the one that reads page tables, when it has. Each takes
+//! the device's lock, then that of a vring, and never waits with either held. Knows the enforcer as
+//! a trait, and no socket.
 
 pub mod backend;
 mod chain;
@@ -12,36 +13,48 @@ mod control;
 mod events;
 mod guarded;
 mod in_force;
+mod kernel_wire;
 mod msr_wire;
 mod ring;
 mod vm_events;
+mod walker;
 pub mod wire;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use vhost_user_backend::VringMutex;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
 use crate::msr_policy::PolicyFile;
+use crate::protect::{Demand, Deny, Table};
 use crate::report::{Counters, Seen, Snapshot, Witness};
 use crate::vm::enforcer::{Enforcer, Outcome, VmInfo};
 use control::{Known, Requests};
 use events::Events;
 use in_force::{Change, InForce, describe};
 use ring::{Left, Ring};
-use wire::{Config, Errno, Limits, MAX_REQUEST_RANGES, Rights};
+use walker::{Ended, Job, Walked, Walker, Work};
+use wire::{Config, Errno, Lane, Limits, MAX_REQUEST_RANGES, Refusal, Rights};
 
 static CHANGED: LogLimit = LogLimit::new(10);
 static REFUSED: LogLimit = LogLimit::new(10);
+static WALKED: LogLimit = LogLimit::new(10);
+static WRITE_EXEC: LogLimit = LogLimit::new(5);
+static NO_WALK: LogLimit = LogLimit::new(5);
 
 /// Queue 0.
 const CONTROL: u32 = 0;
 /// Queue 1.
 const EVENTS: u32 = 1;
+/// Queue 2.
+const WALK: u32 = 2;
+/// How many there are.
+const QUEUES: usize = 3;
 
 /// Violations that are remembered for whoever asks.
 const REMEMBERED: usize = 64;
@@ -54,6 +67,7 @@ pub struct Device {
     policy: Option<Arc<PolicyFile>>,
     state: Mutex<State>,
     greeted: Condvar,
+    walker: Walker,
 }
 
 #[derive(Debug, Default)]
@@ -66,16 +80,20 @@ struct State {
     /// That is what this VM's owner has said, now or before it went. Until then it is not
     /// known what may be read or written in the guest's memory, and no ring is looked at.
     told: bool,
-    requests: Requests,
+    control: Served,
+    walk: Served,
+    /// How far the oldest request of the queue "walk" has come.
+    walked: Progress,
     events: Events,
     /// The last violations, oldest first.
     recent: VecDeque<Seen>,
     last_seq: u64,
     /// The request that the VM's owner is carrying out.
     under_way: Option<UnderWay>,
+    /// The queue that had its turn last.
+    last_turn: Lane,
     /// The question for what is in force that was not answered yet.
     state_asked: Option<u64>,
-    start: Start,
     front_end: Option<FrontEnd>,
 }
 
@@ -90,7 +108,35 @@ enum Link {
     Up,
 }
 
-/// How far the control ring's start has come. The VM's owner has told of a reset before it let the
+/// What is known of a queue that takes requests.
+#[derive(Debug, Default)]
+struct Served {
+    requests: Requests,
+    start: Start,
+}
+
+/// How far the oldest request of the queue "walk" has come.
+#[derive(Debug, Default)]
+enum Progress {
+    /// There is none, or page tables are not looked at yet.
+    #[default]
+    Waits,
+    /// They are being read.
+    Walks(Walk),
+    /// They were, and what they say is to be set as soon as it is known what holds now.
+    Walked(Box<Walked>),
+}
+
+/// A walk that goes on.
+#[derive(Debug)]
+struct Walk {
+    id: u64,
+    cancelled: Arc<AtomicBool>,
+    /// What may not be read, as far as it knows.
+    hidden: Arc<Table>,
+}
+
+/// How far a ring's start has come. The VM's owner has told of a reset before it let the
 /// guest start the ring, but on another socket: a request must not be taken for one of the life
 /// before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,6 +153,9 @@ enum Start {
 #[derive(Debug)]
 struct UnderWay {
     seq: u64,
+    lane: Lane,
+    /// Of each entry of an order that follows from page tables, the entry of the request.
+    origins: Vec<usize>,
     /// What it comes to on what is in force in this generation; `None` in a later one.
     change: Option<Change>,
     /// For the log.
@@ -121,8 +170,8 @@ struct FrontEnd {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// Calls the vring worker.
     again: EventFd,
-    control: Option<Ring>,
-    events: Option<Ring>,
+    /// By queue, those that were ever seen to run.
+    rings: [Option<Ring>; QUEUES],
     /// Feature bits that the driver negotiated.
     features: u64,
     /// Somebody has connected; before that it is only waited for.
@@ -136,14 +185,33 @@ impl Device {
         enforcer: Arc<dyn Enforcer>,
         policy: Option<Arc<PolicyFile>>,
         witness: Option<Arc<dyn Witness>>,
-    ) -> Self {
-        Self {
-            enforcer,
-            witness,
-            policy,
-            state: Mutex::default(),
-            greeted: Condvar::new(),
-        }
+    ) -> Arc<Self> {
+        Self::with_work(enforcer, policy, witness, Box::new(walker::work))
+    }
+
+    /// The same, with walks done by `work`.
+    fn with_work(
+        enforcer: Arc<dyn Enforcer>,
+        policy: Option<Arc<PolicyFile>>,
+        witness: Option<Arc<dyn Witness>>,
+        work: Box<Work>,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|device: &Weak<Self>| {
+            let device = device.clone();
+            let take = move |id, ended| {
+                if let Some(device) = device.upgrade() {
+                    device.walked(id, ended);
+                }
+            };
+            Self {
+                enforcer,
+                witness,
+                policy,
+                state: Mutex::default(),
+                greeted: Condvar::new(),
+                walker: Walker::new(work, Box::new(take)),
+            }
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -156,8 +224,7 @@ impl Device {
         let front_end = FrontEnd {
             memory,
             again,
-            control: None,
-            events: None,
+            rings: Default::default(),
             features: 0,
             in_use: false,
         };
@@ -167,7 +234,9 @@ impl Device {
     /// The vhost-user connection has ended, and its threads with it.
     fn detach(&self) {
         let mut state = self.lock();
-        state.stop_control();
+        for lane in Lane::ALL {
+            state.stop_lane(lane);
+        }
         state.front_end = None;
         state.forget_unconnected();
     }
@@ -205,8 +274,8 @@ impl Device {
                 violations: state.events.violations,
                 events_lost: state.events.lost(),
                 malformed: state.malformed(),
-                requests_ok: state.requests.ok,
-                requests_refused: state.requests.refused,
+                requests_ok: state.control.requests.ok + state.walk.requests.ok,
+                requests_refused: state.control.requests.refused + state.walk.requests.refused,
             },
             violations: state.recent.iter().copied().collect(),
         }
@@ -231,21 +300,41 @@ impl Device {
     /// Looks at a queue that was kicked or started.
     fn serve(&self, queue: u32, vring: Option<&VringMutex>) {
         let mut state = self.lock();
-        if let (Some(vring), Some(front_end)) = (vring, &mut state.front_end) {
-            match queue {
-                CONTROL if front_end.control.is_none() => {
-                    front_end.control = Some(Ring::new("control", vring.clone()));
-                }
-                EVENTS if front_end.events.is_none() => {
-                    front_end.events = Some(Ring::new("events", vring.clone()));
-                }
-                _ => {}
-            }
+        if let (Some(vring), Some(front_end)) = (vring, &mut state.front_end)
+            && let Some(ring) = front_end.rings.get_mut(queue as usize)
+        {
+            ring.get_or_insert_with(|| Ring::new(NAMES[queue as usize], vring.clone()));
         }
         match queue {
-            CONTROL => state.serve_control(&*self.enforcer),
-            EVENTS => state.serve_events(),
-            _ => {}
+            CONTROL => state.serve_lane(Lane::Control, &*self.enforcer),
+            WALK => state.serve_lane(Lane::Walk, &*self.enforcer),
+            EVENTS => return state.serve_events(),
+            _ => return,
+        }
+        self.go_on(&mut state);
+    }
+
+    /// Looks at both queues that take requests.
+    fn serve_requests(&self, state: &mut State) {
+        for lane in Lane::ALL {
+            state.serve_lane(lane, &*self.enforcer);
+        }
+        self.go_on(state);
+    }
+
+    /// Begins what can be begun of what was asked for.
+    fn go_on(&self, state: &mut State) {
+        state.send_next(&*self.enforcer);
+        state.start_walk(&self.walker);
+    }
+
+    /// A walk of page tables has ended.
+    fn walked(&self, id: u64, ended: Ended) {
+        let mut state = self.lock();
+        // Else it was cancelled just when it ended.
+        if matches!(&state.walked, Progress::Walks(walk) if walk.id == id) {
+            state.take_walked(ended);
+            self.serve_requests(&mut state);
         }
     }
 
@@ -253,13 +342,13 @@ impl Device {
     fn stop(&self, queue: u32) {
         let mut state = self.lock();
         match queue {
-            CONTROL => state.stop_control(),
-            EVENTS => {
-                if let Some(ring) = state.front_end.as_mut().and_then(|f| f.events.as_mut()) {
+            CONTROL => state.stop_lane(Lane::Control),
+            WALK => state.stop_lane(Lane::Walk),
+            _ => {
+                if let Some(ring) = state.ring(queue) {
                     ring.stopped(None);
                 }
             }
-            _ => {}
         }
     }
 }
@@ -270,7 +359,7 @@ impl State {
     }
 
     fn malformed(&self) -> u64 {
-        self.requests.malformed + self.events.malformed
+        self.control.requests.malformed + self.walk.requests.malformed + self.events.malformed
     }
 
     /// What this host can enforce and watch.
@@ -279,6 +368,7 @@ impl State {
             deny: vm.deny,
             audit: vm.audit,
             msrs: vm.msrs.max_ranges != 0,
+            kernel: vm.deny.contains(Deny::NOWRITE),
         })
     }
 
@@ -304,71 +394,115 @@ impl State {
         self.last_seq
     }
 
-    /// Whether requests can be taken from the control ring.
-    fn has_started(&mut self, enforcer: &dyn Enforcer) -> bool {
-        let ring = self.front_end.as_ref().and_then(|f| f.control.as_ref());
-        if self.start == Start::Stopped && ring.is_some_and(Ring::runs) {
-            let seq = self.next_seq();
-            self.start = Start::Listening(seq);
-            enforcer.catch_up(seq);
+    fn lane(&mut self, lane: Lane) -> &mut Served {
+        match lane {
+            Lane::Control => &mut self.control,
+            Lane::Walk => &mut self.walk,
         }
-        self.start == Start::Done
     }
 
-    fn serve_control(&mut self, enforcer: &dyn Enforcer) {
-        if !self.told || !self.has_started(enforcer) {
+    fn ring(&mut self, queue: u32) -> Option<&mut Ring> {
+        let rings = &mut self.front_end.as_mut()?.rings;
+        rings.get_mut(queue as usize)?.as_mut()
+    }
+
+    /// Has the vring worker look at the rings.
+    fn again(&self) {
+        if let Some(front_end) = &self.front_end {
+            // Fails only when the counter is full, and then the worker is about to wake anyway.
+            let _ = front_end.again.write(1);
+        }
+    }
+
+    /// Whether requests can be taken from the ring.
+    fn has_started(&mut self, lane: Lane, enforcer: &dyn Enforcer) -> bool {
+        let runs = self.ring(queue_of(lane)).is_some_and(|ring| ring.runs());
+        if self.lane(lane).start == Start::Stopped && runs {
+            let seq = self.next_seq();
+            self.lane(lane).start = Start::Listening(seq);
+            enforcer.catch_up(seq);
+        }
+        self.lane(lane).start == Start::Done
+    }
+
+    /// What the VM's owner said before wait number `seq` is heard.
+    fn heard(&mut self, seq: u64) {
+        for lane in Lane::ALL {
+            // A later wait takes the place of an earlier one, and who has heard what was said before
+            // the later has heard it all.
+            if matches!(self.lane(lane).start, Start::Listening(wait) if wait <= seq) {
+                self.lane(lane).start = Start::Done;
+            }
+        }
+    }
+
+    /// Gives back and takes requests.
+    fn serve_lane(&mut self, lane: Lane, enforcer: &dyn Enforcer) {
+        if !self.told || !self.has_started(lane, enforcer) {
             return;
         }
         let (limits, settled) = (self.limits(), self.is_settled());
         let known = Known {
+            lane,
             limits,
             settled,
             msrs: self.in_force.msrs(),
         };
-        let Some(FrontEnd {
-            control: Some(ring),
-            memory,
-            again,
-            ..
-        }) = &mut self.front_end
-        else {
+        let requests = match lane {
+            Lane::Control => &mut self.control.requests,
+            Lane::Walk => &mut self.walk.requests,
+        };
+        let Some(FrontEnd { rings, memory, .. }) = &mut self.front_end else {
+            return;
+        };
+        let Some(ring) = &mut rings[queue_of(lane) as usize] else {
             return;
         };
         if ring.turn(memory, &self.in_force.pages, |turn| {
-            self.requests.serve(turn, known)
+            requests.serve(turn, known)
         }) == Left::Chains
         {
-            // Fails only when the counter is full, and then the worker is about to wake anyway.
-            let _ = again.write(1);
+            self.again();
         }
-        self.send_next(enforcer);
     }
 
     fn serve_events(&mut self) {
         if !self.told {
             return;
         }
-        let Some(FrontEnd {
-            events: Some(ring),
-            memory,
-            again,
-            ..
-        }) = &mut self.front_end
-        else {
+        let Some(FrontEnd { rings, memory, .. }) = &mut self.front_end else {
+            return;
+        };
+        let Some(ring) = &mut rings[EVENTS as usize] else {
             return;
         };
         if ring.turn(memory, &self.in_force.pages, |turn| self.events.serve(turn)) == Left::Chains {
-            let _ = again.write(1);
+            self.again();
         }
     }
 
-    /// Sends the oldest order, unless something is under way, or refuses it.
+    /// Sends the oldest order of either queue, unless something is under way, or refuses it. The
+    /// queues take turns.
     fn send_next(&mut self, enforcer: &dyn Enforcer) {
         if !self.is_settled() {
             return;
         }
-        let Some(demand) = self.requests.next() else {
-            return;
+        for lane in [self.last_turn.other(), self.last_turn] {
+            let had = match lane {
+                Lane::Control => self.send_order(enforcer),
+                Lane::Walk => self.send_walked(enforcer),
+            };
+            if had {
+                self.last_turn = lane;
+                return;
+            }
+        }
+    }
+
+    /// Deals with the oldest order of the control queue, if there is one.
+    fn send_order(&mut self, enforcer: &dyn Enforcer) -> bool {
+        let Some(demand) = self.control.requests.next() else {
+            return false;
         };
         let what = describe(demand);
         match self.in_force.plan(demand) {
@@ -377,6 +511,8 @@ impl State {
                 enforcer.carry_out(self.last_seq, self.generation(), demand);
                 self.under_way = Some(UnderWay {
                     seq: self.last_seq,
+                    lane: Lane::Control,
+                    origins: Vec::new(),
                     change: Some(change),
                     what,
                     orphaned: false,
@@ -384,21 +520,147 @@ impl State {
             }
             Err(unplanned) => {
                 log_limited!(REFUSED, Info, "{what} refused: {unplanned}");
-                self.requests.refuse(unplanned.into());
+                let refusal = Err(unplanned.into());
+                self.control.requests.finish(refusal, None);
                 // It is given back, and the one behind it looked at, at the worker's next turn: a
                 // guest with nothing but such requests is to keep nobody waiting.
-                if let Some(front_end) = &self.front_end {
-                    let _ = front_end.again.write(1);
-                }
+                self.again();
+            }
+        }
+        true
+    }
+
+    /// Begins to read page tables for the oldest request that wants it, unless it has begun.
+    fn start_walk(&mut self, walker: &Walker) {
+        let (Progress::Waits, Some(request)) = (&self.walked, self.walk.requests.kernel()) else {
+            return;
+        };
+        let Some(front_end) = &self.front_end else {
+            return;
+        };
+        let (request, memory) = (Arc::clone(request), front_end.memory.memory().into_inner());
+        let walk = Walk {
+            id: self.next_seq(),
+            cancelled: Arc::default(),
+            hidden: Arc::new(self.in_force.hidden()),
+        };
+        let job = Job {
+            id: walk.id,
+            request,
+            memory,
+            hidden: Arc::clone(&walk.hidden),
+            cancelled: Arc::clone(&walk.cancelled),
+        };
+        match walker.start(job) {
+            Ok(()) => self.walked = Progress::Walks(walk),
+            Err(e) => {
+                log_limited!(NO_WALK, Error, "no thread that could read page tables: {e}");
+                self.finish_walk(Err(Errno::Eio.into()));
             }
         }
     }
 
-    fn stop_control(&mut self) {
-        let oldest = self.requests.give_up();
-        self.orphan();
-        self.start = Start::Stopped;
-        if let Some(ring) = self.front_end.as_mut().and_then(|f| f.control.as_mut()) {
+    /// Ends a walk that goes on, and forgets what one has found.
+    fn forget_walk(&mut self) {
+        if let Progress::Walks(walk) = std::mem::take(&mut self.walked) {
+            walk.cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Something else may not be read now: a walk that goes on has to begin anew.
+    fn check_hidden(&mut self) {
+        if let Progress::Walks(walk) = &self.walked
+            && *walk.hidden != self.in_force.hidden()
+        {
+            self.forget_walk();
+        }
+    }
+
+    fn take_walked(&mut self, ended: Ended) {
+        match ended {
+            Ok(walked) => self.walked = Progress::Walked(Box::new(walked)),
+            Err(refusal) => self.finish_walk(Err(refusal)),
+        }
+    }
+
+    /// Deals with what page tables were found to say, if that is known.
+    fn send_walked(&mut self, enforcer: &dyn Enforcer) -> bool {
+        let (Progress::Walked(walked), Some(request)) = (&self.walked, self.walk.requests.kernel())
+        else {
+            return false;
+        };
+        let most = self.limits().max_request_ranges;
+        let planned = match walked.order(request, &self.in_force.pages, most) {
+            Ok(Some(planned)) => planned,
+            Ok(None) => {
+                self.finish_walk(Ok(self.generation()));
+                return true;
+            }
+            Err(refusal) => {
+                self.finish_walk(Err(refusal));
+                return true;
+            }
+        };
+        let origins = planned.origins;
+        let demand = Demand::Pages(planned.order);
+        match self.in_force.plan(&demand) {
+            Ok(change) if self.in_force.holds(&change) => {
+                self.finish_walk(Ok(self.generation()));
+            }
+            Ok(change) => {
+                self.last_seq += 1;
+                enforcer.carry_out(self.last_seq, self.generation(), &demand);
+                self.under_way = Some(UnderWay {
+                    seq: self.last_seq,
+                    lane: Lane::Walk,
+                    origins,
+                    change: Some(change),
+                    what: format!("PROTECT_KERNEL: {}", describe(&demand)),
+                    orphaned: false,
+                });
+            }
+            Err(unplanned) => {
+                let refusal = Refusal::from(unplanned);
+                self.finish_walk(Err(from_order(refusal, &origins)));
+            }
+        }
+        true
+    }
+
+    /// Answers the oldest request of the queue "walk"; it is given back at the worker's next turn.
+    fn finish_walk(&mut self, response: Result<u64, Refusal>) {
+        let report = match std::mem::take(&mut self.walked) {
+            Progress::Walked(walked) => {
+                log_walk(&walked, response);
+                Some(walked.report)
+            }
+            Progress::Waits | Progress::Walks(_) => {
+                if let Err(Refusal { errno, index }) = response {
+                    let index = index.map_or("none".into(), |i| i.to_string());
+                    log_limited!(
+                        WALKED,
+                        Info,
+                        "PROTECT_KERNEL refused: errno={} index={index}",
+                        errno as u32
+                    );
+                }
+                None
+            }
+        };
+        self.walk.requests.finish(response, report);
+        self.again();
+    }
+
+    fn stop_lane(&mut self, lane: Lane) {
+        let oldest = self.lane(lane).requests.give_up();
+        if self.under_way.as_ref().is_some_and(|u| u.lane == lane) {
+            self.orphan();
+        }
+        if lane == Lane::Walk {
+            self.forget_walk();
+        }
+        self.lane(lane).start = Start::Stopped;
+        if let Some(ring) = self.ring(queue_of(lane)) {
             ring.stopped(oldest);
         }
     }
@@ -424,7 +686,10 @@ impl State {
         }
         self.in_force.reset();
         self.events.clear();
-        self.requests.refuse_all(Errno::Estale);
+        self.forget_walk();
+        for lane in Lane::ALL {
+            self.lane(lane).requests.refuse_all(Errno::Estale);
+        }
         if let Some(under_way) = self.orphan() {
             // It was planned on tables that are gone.
             under_way.change = None;
@@ -441,8 +706,10 @@ impl State {
             self.told = false;
             self.events = Events::default();
             self.recent.clear();
-            (self.requests.malformed, self.requests.ok) = (0, 0);
-            self.requests.refused = 0;
+            for lane in Lane::ALL {
+                let requests = &mut self.lane(lane).requests;
+                (requests.malformed, requests.ok, requests.refused) = (0, 0, 0);
+            }
         }
     }
 
@@ -461,6 +728,7 @@ impl State {
             && let Some(change) = change
         {
             self.in_force.apply(change);
+            self.check_hidden();
             log_limited!(
                 CHANGED,
                 Info,
@@ -469,5 +737,65 @@ impl State {
                 self.in_force.msr_ranges()
             );
         }
+    }
+}
+
+/// Names of the queues, for the log.
+const NAMES: [&str; QUEUES] = ["control", "events", "walk"];
+
+fn queue_of(lane: Lane) -> u32 {
+    match lane {
+        Lane::Control => CONTROL,
+        Lane::Walk => WALK,
+    }
+}
+
+/// A refusal of an order, told of the request that it comes from.
+fn from_order(refusal: Refusal, origins: &[usize]) -> Refusal {
+    let origin = |index: u32| u32::try_from(*origins.get(index as usize)?).ok();
+    Refusal {
+        index: refusal.index.and_then(origin),
+        ..refusal
+    }
+}
+
+fn log_walk(walked: &Walked, response: Result<u64, Refusal>) {
+    let outcome = match response {
+        Ok(_) => "OK".into(),
+        Err(Refusal { errno, index: None }) => format!("errno={}", errno as u32),
+        Err(Refusal {
+            errno,
+            index: Some(index),
+        }) => format!("errno={} index={index}", errno as u32),
+    };
+    let report = &walked.report;
+    log_limited!(
+        WALKED,
+        Info,
+        "PROTECT_KERNEL: {outcome}; read tables={} mappings={} reserved={} outside={} in {:.1} ms; \
+         pages={} given={} unmapped={} not_written={} not_executed={} write_exec={} elsewhere={} \
+         ranges={}",
+        report.tables,
+        report.mappings,
+        report.reserved,
+        report.outside,
+        walked.time.as_secs_f64() * 1e3,
+        report.pages,
+        report.given,
+        report.unmapped,
+        report.not_written,
+        report.not_executed,
+        report.write_exec,
+        report.elsewhere,
+        report.ranges
+    );
+    if let Some(first) = walked.write_exec {
+        log_limited!(
+            WRITE_EXEC,
+            Warn,
+            "PROTECT_KERNEL: {} pages are written and executed in supervisor mode, the first at \
+             frames {first}",
+            report.write_exec
+        );
     }
 }

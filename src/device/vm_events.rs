@@ -7,9 +7,10 @@
 
 use jiff::Timestamp;
 
+use super::control::response_of;
 use super::in_force::InForce;
-use super::wire::Errno;
-use super::{Device, Link, REMEMBERED, Start};
+use super::wire::{Errno, Lane};
+use super::{Device, Link, REMEMBERED, from_order};
 use crate::log_limit::{LogLimit, log_limited};
 use crate::report::Seen;
 use crate::vm::enforcer::{
@@ -95,7 +96,8 @@ impl VmEvents for Device {
         let can = state.vm.map(|vm| vm.msrs).unwrap_or_default();
         state.in_force = InForce::told(told, can);
         state.told = true;
-        state.serve_control(&*self.enforcer);
+        state.check_hidden();
+        self.serve_requests(&mut state);
         state.serve_events();
         Ok(())
     }
@@ -115,9 +117,16 @@ impl VmEvents for Device {
             state.ask_state(&*self.enforcer);
         }
         if !under_way.orphaned {
-            state.requests.finish(outcome);
+            let response = response_of(outcome);
+            match under_way.lane {
+                Lane::Control => state.control.requests.finish(response, None),
+                Lane::Walk => {
+                    let response = response.map_err(|e| from_order(e, &under_way.origins));
+                    state.finish_walk(response);
+                }
+            }
         }
-        state.serve_control(&*self.enforcer);
+        self.serve_requests(&mut state);
         // Its ring may have been where it could not be served.
         state.serve_events();
         Ok(())
@@ -187,15 +196,13 @@ impl VmEvents for Device {
         );
         let mut state = self.lock();
         state.begin_generation(generation);
-        state.serve_control(&*self.enforcer);
+        self.serve_requests(&mut state);
     }
 
     fn caught_up(&self, seq: u64) {
         let mut state = self.lock();
-        if state.start == Start::Listening(seq) {
-            state.start = Start::Done;
-            state.serve_control(&*self.enforcer);
-        }
+        state.heard(seq);
+        self.serve_requests(&mut state);
     }
 
     fn disconnected(&self) {

@@ -5,6 +5,9 @@
 //! Pure: bytes that were copied out of guest memory come in, a validated request or the errno
 //! that the specification gives comes out. Knows neither rings nor who enforces.
 
+use std::sync::Arc;
+
+use super::kernel_wire::{self, KernelRequest};
 use super::msr_wire::{self, MsrQuery};
 use crate::protect::msr::{MAX_BITMAP_SIZE, MAX_BITMAPS};
 use crate::protect::{Attributes, Demand, Deny, GfnRange, Order, Protection};
@@ -22,9 +25,10 @@ pub const MAX_DESCRIPTORS: usize = 256;
 pub const MAX_REQUEST_RANGES: u32 = 4096;
 /// Bytes of a request before its entries.
 pub const REQUEST_HEADER_SIZE: usize = 8;
-/// Most device-readable bytes that a request can use.
-pub const MAX_REQUEST_SIZE: usize = REQUEST_HEADER_SIZE + RANGE_SIZE * MAX_REQUEST_RANGES as usize;
-/// Bytes of a response, before the entries that `QUERY` answers.
+/// Most device-readable bytes that a request can use, on either queue.
+pub const MAX_REQUEST_SIZE: usize =
+    kernel_wire::HEADER_SIZE + RANGE_SIZE * MAX_REQUEST_RANGES as usize;
+/// Bytes of a response, before what some requests are told besides.
 pub const RESPONSE_SIZE: usize = 16;
 /// Bytes of an event.
 pub const EVENT_SIZE: usize = 64;
@@ -41,6 +45,7 @@ pub(super) const TYPE_MSR_LOCK: u16 = 5;
 pub(super) const TYPE_MSR_PROTECT: u16 = 6;
 const TYPE_MSR_BITMAP: u16 = 7;
 pub(super) const TYPE_MSR_QUERY: u16 = 8;
+pub(super) const TYPE_KERNEL: u16 = 9;
 const EVENT_VIOLATION: u16 = 1;
 const EVENT_MSR: u16 = 2;
 const CONFIG_VERSION: u32 = 1;
@@ -58,8 +63,42 @@ const DENY_FEATURES: [(u32, Deny); 4] = [
 const AUDIT_FEATURE: u64 = 1 << 4;
 /// The feature bit of a host that enforces rules for MSRs.
 const MSR_FEATURE: u64 = 1 << 5;
+/// The feature bit of a host that reads page tables.
+const KERNEL_FEATURE: u64 = 1 << 6;
 
-/// Rights that can be taken away, those that can be watched, and whether there can be MSR rules.
+/// A queue that takes requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lane {
+    /// All kinds but one.
+    #[default]
+    Control,
+    /// Those that take their time: `PROTECT_KERNEL`.
+    Walk,
+}
+
+impl Lane {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::Control, Self::Walk];
+
+    /// Least bytes of an answer.
+    pub fn answer_size(self) -> usize {
+        match self {
+            Self::Control => RESPONSE_SIZE,
+            Self::Walk => kernel_wire::ANSWER_SIZE,
+        }
+    }
+
+    /// The one whose turn it is next.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Control => Self::Walk,
+            Self::Walk => Self::Control,
+        }
+    }
+}
+
+/// Rights that can be taken away, those that can be watched, and what else can be asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rights {
     /// They can be denied.
@@ -68,6 +107,8 @@ pub struct Rights {
     pub audit: Deny,
     /// There can be rules for MSRs.
     pub msrs: bool,
+    /// Page tables are read.
+    pub kernel: bool,
 }
 
 impl Rights {
@@ -84,7 +125,8 @@ impl Rights {
             AUDIT_FEATURE
         };
         let msrs = if self.msrs { MSR_FEATURE } else { 0 };
-        denied | watched | msrs
+        let kernel = if self.kernel { KERNEL_FEATURE } else { 0 };
+        denied | watched | msrs | kernel
     }
 
     /// What of this a driver may use that negotiated `features`.
@@ -103,6 +145,7 @@ impl Rights {
                 Deny::empty()
             },
             msrs: self.msrs && features & MSR_FEATURE != 0,
+            kernel: self.kernel && features & KERNEL_FEATURE != 0,
         }
     }
 
@@ -122,7 +165,9 @@ pub enum Errno {
     Eio = 5,
     /// Too many entries.
     E2big = 7,
-    /// The request lies in memory that the guest does not have, or may not read.
+    /// There are pages that the guest's policy refuses.
+    Eacces = 13,
+    /// The request lies in memory that the guest does not have, or may not read; or page tables do.
     Efault = 14,
     /// An emulated device is doing with a range what is to be denied.
     Ebusy = 16,
@@ -130,6 +175,8 @@ pub enum Errno {
     Einval = 22,
     /// No room for more ranges.
     Enospc = 28,
+    /// Page tables that are too much, or come to too much.
+    Eoverflow = 75,
     /// Not something that this device or this host does.
     Eopnotsupp = 95,
     /// The VM was reset meanwhile.
@@ -141,7 +188,7 @@ impl Errno {
     pub fn from_number(number: u32) -> Option<Self> {
         use Errno::*;
         [
-            Eperm, Eio, E2big, Efault, Ebusy, Einval, Enospc, Eopnotsupp, Estale,
+            Eperm, Eio, E2big, Eacces, Efault, Ebusy, Einval, Enospc, Eoverflow, Eopnotsupp, Estale,
         ]
         .into_iter()
         .find(|&e| e as u32 == number)
@@ -186,6 +233,8 @@ pub enum Request {
     Query(GfnRange),
     /// Which rules hold for these MSRs.
     MsrQuery(MsrQuery),
+    /// What page tables do not need.
+    Kernel(Arc<KernelRequest>),
 }
 
 impl Request {
@@ -210,7 +259,7 @@ impl From<Demand> for Request {
     }
 }
 
-/// Reads a request.
+/// Reads a request of this queue.
 ///
 /// `bytes` is the device-readable part of the chain, of which `total` bytes were there; more
 /// than [`MAX_REQUEST_SIZE`] are not copied. The order of the checks is that of the
@@ -219,7 +268,16 @@ impl From<Demand> for Request {
 /// # Errors
 ///
 /// The status and index of the response.
-pub fn parse_request(bytes: &[u8], total: u64, limits: Limits) -> Result<Request, Refusal> {
+pub fn parse_request(
+    lane: Lane,
+    bytes: &[u8],
+    total: u64,
+    limits: Limits,
+) -> Result<Request, Refusal> {
+    if lane == Lane::Walk {
+        let request = kernel_wire::parse(bytes, total, limits)?;
+        return Ok(Request::Kernel(Arc::new(request)));
+    }
     let (header, entries) = bytes
         .split_first_chunk::<REQUEST_HEADER_SIZE>()
         .ok_or(Errno::Einval)?;
@@ -284,7 +342,11 @@ pub(super) fn each_entry<T>(
     entries.iter().zip(0..).map(parse).collect()
 }
 
-fn parse_entry(entry: &[u8; RANGE_SIZE], kind: u16, offered: Rights) -> Result<Protection, Errno> {
+pub(super) fn parse_entry(
+    entry: &[u8; RANGE_SIZE],
+    kind: u16,
+    offered: Rights,
+) -> Result<Protection, Errno> {
     let (words, _) = entry.as_chunks::<8>();
     let [start, end, bits] = [0, 1, 2].map(|i| u64::from_le_bytes(words[i]));
     let range = GfnRange::new(start, end).map_err(|_| Errno::Einval)?;
@@ -295,6 +357,7 @@ fn parse_entry(entry: &[u8; RANGE_SIZE], kind: u16, offered: Rights) -> Result<P
     let fits = match kind {
         TYPE_LOCK => bits != 0,
         TYPE_QUERY => bits == 0,
+        TYPE_KERNEL => bits & !kernel_wire::GIVEN == 0,
         _ => true,
     };
     if !fits {
@@ -441,7 +504,7 @@ impl Config {
     }
 }
 
-fn put(bytes: &mut [u8], at: usize, field: &[u8]) {
+pub(super) fn put(bytes: &mut [u8], at: usize, field: &[u8]) {
     bytes[at..at + field.len()].copy_from_slice(field);
 }
 

@@ -12,6 +12,7 @@ const LIMITS: Limits = Limits {
         deny: Deny::NOWRITE.union(Deny::NOREAD),
         audit: Deny::NOWRITE,
         msrs: false,
+        kernel: false,
     },
     max_request_ranges: 100,
 };
@@ -25,7 +26,7 @@ fn request(header: [u8; 8], entries: &[[u64; 3]]) -> Vec<u8> {
 }
 
 fn parse(bytes: &[u8]) -> Result<Request, Refusal> {
-    parse_request(bytes, bytes.len() as u64, LIMITS)
+    parse_request(Lane::Control, bytes, bytes.len() as u64, LIMITS)
 }
 
 /// The table of the specification: entry by entry, check by check.
@@ -124,7 +125,7 @@ proptest! {
         let total = bytes.len() as u64 + more;
         let mut limits = LIMITS;
         limits.rights.msrs = msrs;
-        let parsed = parse_request(&bytes, total, limits);
+        let parsed = parse_request(Lane::Control, &bytes, total, limits);
         prop_assert!(parsed.is_err() || more == 0);
     }
 
@@ -194,6 +195,7 @@ fn features_are_what_the_host_can_do() {
             deny: Deny::from_bits_truncate(deny),
             audit: Deny::from_bits_truncate(audit),
             msrs: false,
+            kernel: false,
         };
         assert_eq!(rights.features(), features);
         assert_eq!(rights.negotiated(!0), rights);
@@ -205,7 +207,7 @@ fn features_are_what_the_host_can_do() {
 
 #[test]
 fn each_errno_is_found_by_its_number() {
-    for number in [1, 5, 7, 14, 16, 22, 28, 95, 116] {
+    for number in [1, 5, 7, 13, 14, 16, 22, 28, 75, 95, 116] {
         assert_eq!(Errno::from_number(number).map(|e| e as u32), Some(number));
     }
     assert_eq!(Errno::from_number(0), None);
@@ -219,6 +221,6 @@ fn a_vm_that_takes_fewer_ranges_at_once_lowers_the_limit() {
         ..LIMITS
     };
     let bytes = request([1, 0, 0, 0, 2, 0, 0, 0], &[[1, 1, 1]; 2]);
-    let refusal = parse_request(&bytes, bytes.len() as u64, limits).unwrap_err();
+    let refusal = parse_request(Lane::Control, &bytes, bytes.len() as u64, limits).unwrap_err();
     assert_eq!(refusal, Errno::E2big.into());
 }

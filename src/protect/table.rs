@@ -48,6 +48,15 @@ impl Table {
         }
     }
 
+    /// Whether what a change comes to holds already.
+    pub fn holds(&self, change: &Change) -> bool {
+        let mut same = true;
+        for (span, attributes) in change.pieces() {
+            self.each_within(&span, |_, held| same &= held == attributes);
+        }
+        same
+    }
+
     /// Tells what holds on a range, whatever held there before.
     pub fn tell(&mut self, protection: &Protection) {
         self.set(span_of(protection.range), protection.attributes);

@@ -20,17 +20,18 @@ pub const F_AUDIT: u64 = 1 << 4;
 /// Bits 0 to 4.
 pub const F_ALL: u64 = 0x1f;
 pub const F_MSR: u64 = 1 << 5;
+pub const F_KERNEL: u64 = 1 << 6;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
 pub struct FrontEnd {
     pub frontend: Frontend,
     pub features: u64,
-    kick: [EventFd; 2],
-    call: [EventFd; 2],
+    kick: [EventFd; 3],
+    call: [EventFd; 3],
 }
 
 impl FrontEnd {
-    /// Connects and starts both rings where the guest's used rings are, as QEMU does with a
+    /// Connects and starts the rings of requests and events where the guest's used rings are, as QEMU does with a
     /// companion that was started again.
     pub fn connect(companion: &Companion, guest: &Guest) -> Self {
         Self::connect_with(companion, guest, !0)
@@ -68,8 +69,8 @@ impl FrontEnd {
         Self {
             frontend: Frontend::from_stream(stream, 3),
             features: 0,
-            kick: [event(), event()],
-            call: [event(), event()],
+            kick: [event(), event(), event()],
+            call: [event(), event(), event()],
         }
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest: its memory and the driver's side of two split virtqueues, without a device.
+//! A guest: its memory and the driver's side of three split virtqueues, without a device.
 //!
 //! It outlives companions, as a real one does.
 
@@ -10,6 +10,7 @@ use std::sync::atomic::{Ordering, fence};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
+use super::kernel::Answer;
 use super::wait_for;
 
 pub const RAM_SIZE: u64 = 32 << 20;
@@ -26,10 +27,11 @@ pub const MSR_LOCK: u16 = 5;
 pub const MSR_PROTECT: u16 = 6;
 pub const MSR_BITMAP: u16 = 7;
 pub const MSR_QUERY: u16 = 8;
+pub const PROTECT_KERNEL: u16 = 9;
 
 pub struct Guest {
     pub memory: GuestMemoryMmap,
-    pub queues: [Queue; 2],
+    pub queues: [Queue; 3],
     used_heads: Vec<u16>,
 }
 
@@ -60,6 +62,8 @@ pub type Descriptor = (u64, u32, u16, u16);
 
 const SLOT_SIZE: u64 = 128 << 10;
 const SLOTS: u64 = 0x40_0000;
+/// The same for requests of queue 2.
+const WALK_SLOTS: u64 = 0x80_0000;
 const RESPONSE_AT: u64 = SLOT_SIZE - 0x1000;
 
 impl Guest {
@@ -81,7 +85,7 @@ impl Guest {
         };
         Self {
             memory,
-            queues: [queue(0x10000), queue(0x20000)],
+            queues: [queue(0x10000), queue(0x20000), queue(0x38000)],
             used_heads: Vec::new(),
         }
     }
@@ -261,6 +265,30 @@ impl Guest {
             index: self.read(at + 4),
             value: self.read(at + 8),
         }
+    }
+
+    /// Makes a request of queue 2 available, with room for so many bytes: at most 4096. Returns the
+    /// head.
+    pub fn walk_request(&mut self, request: &[u8], room: u32) -> u16 {
+        let q = &mut self.queues[2];
+        let head = 2 * (q.next_slot % u64::from(QUEUE_SIZE / 2)) as u16;
+        q.next_slot += 1;
+        let at = WALK_SLOTS + u64::from(head / 2) * SLOT_SIZE;
+        let response_at = at + RESPONSE_AT;
+        self.write_bytes(at, request);
+        self.write_bytes(response_at, &vec![0xee; room as usize]);
+        let parts = [(at, request.len() as u32, 0), (response_at, room, WRITE)];
+        self.write_chain(2, head, &parts);
+        self.publish(2, head);
+        head
+    }
+
+    /// The answer to the request of queue 2 with this head, which is the next to come.
+    pub fn walk_answer(&mut self, head: u16) -> Answer {
+        let used = self.used(2);
+        assert_eq!(used.head, head);
+        let at = WALK_SLOTS + u64::from(head / 2) * SLOT_SIZE + RESPONSE_AT;
+        Answer::read(self, at, used.len)
     }
 
     /// Posts a buffer for an event. Returns its address.
