@@ -120,6 +120,7 @@ pub(super) fn work(job: &Job) -> Ended {
         entries: ENTRIES,
         ranges: RANGES,
         cancel: Some(&job.cancelled),
+        ..Limits::default()
     };
     let memory = Guarded::new(&job.memory, &job.hidden);
     let found = collective(&memory, &request.space, &limits).map_err(|e| match e {

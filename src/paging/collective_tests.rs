@@ -274,6 +274,7 @@ fn limits_end_it_with_their_reason() {
             entries,
             ranges,
             cancel: Some(&flag),
+            progress: None,
         };
         collective(&guest.memory, &space, &limits).err()
     };

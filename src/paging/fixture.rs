@@ -33,6 +33,7 @@ pub(super) const LIMITS: Limits<'static> = Limits {
     entries: 1 << 28,
     ranges: 1 << 22,
     cancel: None,
+    progress: None,
 };
 
 /// Memory from address 0 on. Frame 1 is the root by convention.

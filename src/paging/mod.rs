@@ -11,6 +11,7 @@
 
 mod collective;
 mod entry;
+mod merge;
 mod order;
 mod plan;
 mod runs;
@@ -25,6 +26,7 @@ mod naive;
 
 pub use collective::{Collective, WriteExecMapping, collective};
 pub use entry::{Mistake, Rights};
+pub use merge::{Extent, Merger};
 pub use order::{PlannedOrder, TooManyPieces};
 pub use plan::{Counts as PlanCounts, Piece, Plan, Policy, Unmapped, WriteExec, plan};
 pub use space::{Levels, Paging, Space, SpaceError};

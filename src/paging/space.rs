@@ -255,6 +255,12 @@ impl Space {
         Self::new(paging, root, start..=u64::MAX)
     }
 
+    /// The first and the last linear address.
+    pub fn addresses(&self) -> RangeInclusive<u64> {
+        let canonical = |linear| self.paging.levels.canonical(linear);
+        canonical(self.first)..=canonical(self.last)
+    }
+
     /// How the tables are read.
     pub fn paging(&self) -> &Paging {
         &self.paging
@@ -386,6 +392,7 @@ mod tests {
         for (levels, first) in [(Levels::Four, 1u64 << 47), (Levels::Five, 1 << 56)] {
             let space = Space::kernel_half(paging(levels), 0).unwrap();
             assert_eq!((space.first, space.last), (first, 2 * first - 1));
+            assert_eq!(space.addresses(), first.wrapping_neg()..=u64::MAX);
         }
     }
 }

@@ -5,7 +5,7 @@
 //! A table is copied once, because the guest may change it meanwhile: what was checked is what is
 //! used. Knows guest memory, and nothing of what entries mean.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
@@ -27,6 +27,8 @@ pub struct Limits<'a> {
     pub ranges: usize,
     /// Once this is true the walk ends; looked at before each table.
     pub cancel: Option<&'a AtomicBool>,
+    /// Told how many entries this walk has read, after each table; for whoever shows progress.
+    pub progress: Option<&'a AtomicU64>,
 }
 
 impl Default for Limits<'_> {
@@ -36,6 +38,7 @@ impl Default for Limits<'_> {
             entries: 1 << 28,
             ranges: 1 << 22,
             cancel: None,
+            progress: None,
         }
     }
 }
@@ -141,6 +144,9 @@ impl<'a, M: GuestMemory + ?Sized> Reader<'a, M> {
             return Ok(false);
         }
         self.entries += ENTRIES as u64;
+        if let Some(progress) = self.limits.progress {
+            progress.store(self.entries, Ordering::Relaxed);
+        }
         if self.entries > self.limits.entries {
             return Err(WalkError::TooManyEntries(self.limits.entries));
         }

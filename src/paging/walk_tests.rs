@@ -2,7 +2,7 @@
 
 //! The walk of single mappings: its contract case by case, and against the naive walker.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -240,6 +240,23 @@ fn a_walk_ends_at_its_limit_or_when_it_is_cancelled() {
         ControlFlow::Continue(())
     });
     assert_eq!(ended, Err(WalkError::Cancelled));
+}
+
+#[test]
+fn whoever_wants_to_know_is_told_how_far_a_walk_is() {
+    let guest = Guest::new(8);
+    guest.chain(4, P).set(4, 3, entry(7, P));
+    let space = Space::whole(FOUR, ROOT).unwrap();
+    let read = AtomicU64::new(0);
+    let limits = Limits {
+        progress: Some(&read),
+        ..LIMITS
+    };
+    let walked = walk(&guest.memory, &space, &limits, |_| {
+        assert_eq!(read.load(Ordering::Relaxed), 4 * 512);
+        ControlFlow::Continue(())
+    });
+    assert_eq!(walked.unwrap().entries_read, read.load(Ordering::Relaxed));
 }
 
 proptest! {

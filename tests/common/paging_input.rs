@@ -21,6 +21,7 @@ const LIMITS: Limits<'static> = Limits {
     entries: 1 << 16,
     ranges: 1 << 16,
     cancel: None,
+    progress: None,
 };
 
 /// Fails if something is wrong.
