@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
+use crate::pagetable::Pagetable;
+
 /// Companion process of QEMU that lets a guest lock its own memory.
 ///
 /// QEMU connects to two UNIX sockets of it: --socket-path takes the virtio device's queues
@@ -35,6 +37,9 @@ process at once and removes them. The log goes to standard error.
 
 What is in force, and the last violations:
   vhost-guard show --socket-path /run/vm1/guard
+
+What a guest's page tables map, from a dump of its memory:
+  vhost-guard pagetable --memory vm1.elf
 
 Exit status: 0 after SIGTERM or SIGINT, 1 on an error, 2 on a wrong command line."
 )]
@@ -94,6 +99,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Show(Show),
+    Pagetable(Box<Pagetable>),
 }
 
 /// Print what a running companion knows: what is in force, what was counted, what was refused.
@@ -308,7 +314,7 @@ mod tests {
     fn show_finds_the_status_socket_from_each_of_the_three() {
         let socket = |args: &[&str]| match parse(&[&["show"], args].concat()).command {
             Some(Command::Show(show)) => show.socket(),
-            None => panic!("not show"),
+            _ => panic!("not show"),
         };
         for (option, path, found) in [
             ("--socket-path", "/run/g", Ok("/run/g.status")),
@@ -343,6 +349,23 @@ mod tests {
             &["show", "--socket-path", "a", "--status-path", "b"],
             &["--socket-path", "a", "show", "--socket-path", "a"],
             &["display", "--socket-path", "a"],
+            &["pagetable"],
+            &["pagetable", "--root", "0x1000"],
+            &["pagetable", "--memory", "a", "--root", "x"],
+            &["pagetable", "--memory", "a", "--levels", "3"],
+            &[
+                "pagetable",
+                "--memory",
+                "a",
+                "--levels",
+                "5",
+                "--cr4",
+                "0x20",
+            ],
+            &["pagetable", "--memory", "a", "--physical-bits", "53"],
+            &["pagetable", "--memory", "a", "--va", "0x1000"],
+            &["pagetable", "--memory", "a", "--map", "0"],
+            &["--socket-path", "a", "pagetable", "--memory", "a"],
         ] {
             let error = Cli::try_parse_from([&["vhost-guard"], args].concat()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{args:?}");

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The program: command line, log, signals, files and sockets, in this order, and then the daemon;
-//! or `show`, which asks one.
+//! or `show`, which asks one, or `pagetable`, which reads a guest's page tables.
 
 mod cli;
+mod columns;
+mod pagetable;
 mod show;
 
 use std::convert::Infallible;
@@ -31,7 +33,11 @@ use vhost_guard::report::events_file::{EventsFile, EventsFileError};
 use vhost_guard::socket::{Socket, SocketError};
 
 use cli::{Cli, Command, Endpoint, Endpoints};
+use pagetable::PagetableError;
 use show::ShowError;
+
+/// Exit status of `pagetable --fail-on-wx`.
+const WRITE_EXEC: u8 = 3;
 
 const CAPABILITIES: &str = r#"{
   "type": "guard",
@@ -58,17 +64,22 @@ enum MainError {
     Daemon(#[from] DaemonError),
     #[error(transparent)]
     Show(#[from] ShowError),
+    #[error(transparent)]
+    Pagetable(#[from] PagetableError),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let ended = if let Some(Command::Show(show)) = &cli.command {
-        match show.socket() {
+    let ended = match &cli.command {
+        Some(Command::Show(show)) => match show.socket() {
             Ok(path) => show::run(&path, show.json).map_err(MainError::from),
             Err(e) => wrong_command_line(&e),
-        }
-    } else {
-        match cli.endpoints() {
+        },
+        Some(Command::Pagetable(args)) => match pagetable::run(args) {
+            Ok(found) if found.write_exec && args.fail_on_wx => return ExitCode::from(WRITE_EXEC),
+            other => other.map(drop).map_err(MainError::from),
+        },
+        None => match cli.endpoints() {
             Ok(Some(endpoints)) => {
                 start_log(cli.log_level.into());
                 let Err(error) = run(&endpoints, cli.events.as_deref(), cli.msr_policy.as_deref());
@@ -81,7 +92,7 @@ fn main() -> ExitCode {
                 };
             }
             Err(e) => wrong_command_line(&e),
-        }
+        },
     };
     let Err(error) = ended else {
         return ExitCode::SUCCESS;
