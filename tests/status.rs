@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -115,6 +116,8 @@ fn the_document_says_what_is_known() {
                 "size": 8, "value": "0xabcd", "times": 1, "action": "audit", "lost": 4,
             },
         ],
+        "memory": [{ "gpa": 0, "size": guest::RAM_SIZE, "offset": 0, "fd": 0 }],
+        "memory_left_out": 0,
     });
     assert_eq!(status, expected);
 }
@@ -128,6 +131,7 @@ fn it_answers_before_during_and_after_a_connection_of_qemu() {
         assert_eq!(status[field], Value::Null, "{field}");
     }
     assert_eq!(status["ranges"], json!([]));
+    assert_eq!(status["memory"], json!([]));
     let out = shown(&["--socket-path"], &companion.socket_path());
     assert!(
         out.contains("not connected") && out.contains("unknown"),
@@ -242,6 +246,48 @@ fn clients_that_do_not_read_cost_the_guest_nothing_and_others_little() {
     let ranges = companion.status()["ranges"].as_array().unwrap().len();
     assert_eq!(ranges, 8_001);
     drop(idle);
+}
+
+/// Until they are read, the descriptors that come with a document are the kernel's to keep.
+#[test]
+fn clients_that_take_no_descriptors_leave_none_behind() {
+    let s = busy();
+    let before = s.companion.descriptors();
+    let idle: Vec<_> = (0..20)
+        .map(|_| UnixStream::connect(s.companion.status_path()).unwrap())
+        .collect();
+    assert_eq!(s.companion.status()["memory"].as_array().unwrap().len(), 1);
+    wait_for("the last connection to be closed", || {
+        (s.companion.descriptors() == before).then_some(())
+    });
+    drop(idle);
+}
+
+/// A client of another user, if that can be had here.
+#[test]
+fn guest_memory_is_for_root_and_its_own_user() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let s = busy();
+    let everybody = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    everybody(s.companion.dir.path(), 0o755);
+    everybody(&s.companion.status_path(), 0o666);
+    let program = s.companion.dir.path().join("program");
+    fs::copy(env!("CARGO_BIN_EXE_vhost-guard"), &program).unwrap();
+    for (uid, given) in [(0, true), (65534, false)] {
+        let output = Command::new(&program)
+            .uid(uid)
+            .args(["show", "--json", "--status-path"])
+            .arg(s.companion.status_path())
+            .output()
+            .unwrap();
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(document.get("memory").is_some(), given, "{uid}");
+        assert_eq!(document["generation"], 7);
+    }
 }
 
 #[test]

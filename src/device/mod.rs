@@ -26,13 +26,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use vhost_user_backend::VringMutex;
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
 use crate::msr_policy::PolicyFile;
 use crate::protect::{Demand, Deny, Table};
-use crate::report::{Counters, Seen, Snapshot, Witness};
+use crate::report::{Counters, Ram, Seen, Snapshot, Witness};
 use crate::vm::enforcer::{Enforcer, Outcome, VmInfo};
 use control::{Known, Requests};
 use events::Events;
@@ -278,6 +280,10 @@ impl Device {
                 requests_refused: state.control.requests.refused + state.walk.requests.refused,
             },
             violations: state.recent.iter().copied().collect(),
+            memory: state
+                .front_end
+                .as_ref()
+                .map_or_else(Vec::new, FrontEnd::ram),
         }
     }
 
@@ -350,6 +356,19 @@ impl Device {
                 }
             }
         }
+    }
+}
+
+impl FrontEnd {
+    /// Guest memory, as QEMU has shared it.
+    fn ram(&self) -> Vec<Ram> {
+        let regions = self.memory.memory();
+        let ram = regions.iter().map(|region| Ram {
+            gpa: region.start_addr().0,
+            size: region.len(),
+            backing: region.file_offset().cloned(),
+        });
+        ram.collect()
     }
 }
 

@@ -6,14 +6,17 @@
 //! changes nothing.
 
 pub mod events_file;
+mod memory;
 mod msr_rules;
 pub mod status;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use vm_memory::FileOffset;
 
 use crate::protect::{Deny, Protection, Table, msr};
 use crate::vm::enforcer::{Target, Violation, VmInfo};
+pub use memory::MAX_FILES;
 pub use msr_rules::MsrRule;
 
 /// Says which [`Status`] a document is. Fields may be added to one; anything else changes it.
@@ -53,6 +56,19 @@ pub struct Snapshot {
     pub counters: Counters,
     /// The last violations, oldest first.
     pub violations: Vec<Seen>,
+    /// Guest memory as QEMU has shared it.
+    pub memory: Vec<Ram>,
+}
+
+/// A piece of guest memory.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    /// Its first guest-physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where it lies.
+    pub backing: Option<FileOffset>,
 }
 
 /// What was counted since the companion knows the VM.
@@ -104,6 +120,26 @@ pub struct Status {
     pub counters: Counters,
     /// The last violations, oldest first.
     pub violations: Vec<Event>,
+    /// Guest memory, in descriptors that come with the document's first byte. Not there for a client
+    /// that is neither root nor the companion's user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Vec<Memory>>,
+    /// Pieces of guest memory that cannot be passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_left_out: Option<u64>,
+}
+
+/// A piece of guest memory that was passed as a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Its first guest-physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Of its first byte in the file.
+    pub offset: u64,
+    /// Which of the descriptors has the file, counted from 0.
+    pub fd: u32,
 }
 
 /// How much can be asked for.
@@ -223,6 +259,8 @@ impl From<&Snapshot> for Status {
             msr_rules: msr_rules::of(&snapshot.msrs, host),
             counters: snapshot.counters,
             violations: snapshot.violations.iter().map(Event::from).collect(),
+            memory: None,
+            memory_left_out: None,
         }
     }
 }
