@@ -38,8 +38,8 @@ process at once and removes them. The log goes to standard error.
 What is in force, and the last violations:
   vhost-guard show --socket-path /run/vm1/guard
 
-What a guest's page tables map, from a dump of its memory:
-  vhost-guard pagetable --memory vm1.elf
+What a guest's page tables map:
+  vhost-guard pagetable --socket-path /run/vm1/guard --qmp /run/vm1/qmp --pause
 
 Exit status: 0 after SIGTERM or SIGINT, 1 on an error, 2 on a wrong command line."
 )]
@@ -119,6 +119,17 @@ Examples:
 Exit status: 0, 1 if no companion answers, 2 on a wrong command line."
 )]
 pub(crate) struct Show {
+    #[command(flatten)]
+    pub(crate) of: Companion,
+
+    /// Print the JSON document as the companion sends it.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A companion that runs, by one of its sockets.
+#[derive(Args, Debug)]
+pub(crate) struct Companion {
     /// The companion's --socket-path; its status socket is PATH with ".status" added.
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
@@ -130,10 +141,6 @@ pub(crate) struct Show {
     /// The companion's control socket, if its name is that of the socket with ".ctl" added.
     #[arg(long, value_name = "PATH")]
     control_path: Option<PathBuf>,
-
-    /// Print the JSON document as the companion sends it.
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// From a control socket of another name than the default there is no way to the status socket.
@@ -144,13 +151,13 @@ pub(crate) struct Show {
 )]
 pub(crate) struct NoStatus;
 
-impl Show {
-    /// Where the status socket is.
+impl Companion {
+    /// Where its status socket is.
     ///
     /// # Errors
     ///
     /// It cannot be derived from what was given.
-    pub(crate) fn socket(&self) -> Result<PathBuf, NoStatus> {
+    pub(crate) fn status_socket(&self) -> Result<PathBuf, NoStatus> {
         if let Some(path) = &self.status_path {
             return Ok(path.clone());
         }
@@ -313,7 +320,7 @@ mod tests {
     #[test]
     fn show_finds_the_status_socket_from_each_of_the_three() {
         let socket = |args: &[&str]| match parse(&[&["show"], args].concat()).command {
-            Some(Command::Show(show)) => show.socket(),
+            Some(Command::Show(show)) => show.of.status_socket(),
             _ => panic!("not show"),
         };
         for (option, path, found) in [
@@ -351,6 +358,18 @@ mod tests {
             &["display", "--socket-path", "a"],
             &["pagetable"],
             &["pagetable", "--root", "0x1000"],
+            &["pagetable", "--memory", "a", "--socket-path", "b"],
+            &["pagetable", "--socket-path", "a", "--map", "0:1"],
+            &[
+                "pagetable",
+                "--memory",
+                "a",
+                "--qmp",
+                "b",
+                "--registers",
+                "c",
+            ],
+            &["pagetable", "--memory", "a", "--pause"],
             &["pagetable", "--memory", "a", "--root", "x"],
             &["pagetable", "--memory", "a", "--levels", "3"],
             &[

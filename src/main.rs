@@ -7,6 +7,7 @@ mod cli;
 mod columns;
 mod pagetable;
 mod show;
+mod status_client;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -71,12 +72,13 @@ enum MainError {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match &cli.command {
-        Some(Command::Show(show)) => match show.socket() {
+        Some(Command::Show(show)) => match show.of.status_socket() {
             Ok(path) => show::run(&path, show.json).map_err(MainError::from),
             Err(e) => wrong_command_line(&e),
         },
         Some(Command::Pagetable(args)) => match pagetable::run(args) {
             Ok(found) if found.write_exec && args.fail_on_wx => return ExitCode::from(WRITE_EXEC),
+            Err(PagetableError::NoStatus(e)) => wrong_command_line(&e),
             other => other.map(drop).map_err(MainError::from),
         },
         None => match cli.endpoints() {

@@ -2,7 +2,7 @@
 
 //! `vhost-guard pagetable`: reads a guest's page tables from outside and prints what they map.
 //!
-//! Guest memory and registers come from [`dump`]; `vhost_guard::paging` reads the tables, and
+//! Guest memory comes from [`dump`] or a companion, registers from the same or from [`qmp`]; `vhost_guard::paging` reads the tables, and
 //! [`print`] tells what it found, as it comes: there may be millions of mappings. All of what is
 //! read, tables above all, is hostile.
 
@@ -11,6 +11,7 @@ mod dump;
 mod memory;
 mod print;
 mod progress;
+mod qmp;
 mod registers;
 
 use std::fs::File;
@@ -24,10 +25,14 @@ use vhost_guard::paging::{
 
 pub(crate) use args::Pagetable;
 use dump::DumpError;
-use memory::Memory;
+use memory::{Memory, MemoryError, Place};
 use print::{Head, Json, Report, Text};
 use progress::Progress;
+use qmp::{Monitor, Paused, QmpError};
 use registers::{NoRegisters, Reading, Registers};
+
+use crate::cli::NoStatus;
+use crate::status_client::{self, StatusError};
 
 /// Text with registers that is read: QEMU prints some 5 KiB for each CPU.
 const REGISTERS_MAX: u64 = 16 << 20;
@@ -37,7 +42,31 @@ const REGISTERS_MAX: u64 = 16 << 20;
 pub(crate) enum PagetableError {
     #[error(transparent)]
     Dump(#[from] DumpError),
-    #[error("no registers say where the page tables are: give --root or --registers")]
+    #[error(transparent)]
+    NoStatus(#[from] NoStatus),
+    #[error(transparent)]
+    Status(#[from] StatusError),
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(
+        "the companion at {} gives no guest memory (it does to root and its own user only, and older \
+         ones do not)",
+        .0.display()
+    )]
+    NotGiven(PathBuf),
+    #[error(
+        "the companion at {} has no guest memory to give (QEMU hands it over when the guest's driver \
+         starts; {left_out} pieces are not in files)",
+        .path.display()
+    )]
+    NoMemory { path: PathBuf, left_out: u64 },
+    #[error("cannot take guest memory from the companion at {}", .path.display())]
+    Companion {
+        path: PathBuf,
+        #[source]
+        source: MemoryError,
+    },
+    #[error("no registers say where the page tables are: give --qmp, --registers or --root")]
     NoRoot,
     #[error("the dump has no CPU {cpu}: it has the registers of {cpus}")]
     NoCpu { cpu: u32, cpus: usize },
@@ -73,19 +102,38 @@ pub(crate) struct Found {
     pub(crate) write_exec: bool,
 }
 
-/// Where memory and registers came from, for people.
-struct Source {
+/// Guest memory, and where it came from.
+struct MemorySource {
     memory: Memory,
-    memory_from: String,
+    from: String,
+    /// Pieces that could not be had.
+    left_out: u64,
+}
+
+/// Registers, and where they came from: nothing, if nobody told any.
+#[derive(Default)]
+struct RegistersSource {
     registers: Registers,
-    registers_from: String,
+    from: String,
 }
 
 /// Prints what page tables map.
 pub(crate) fn run(args: &Pagetable) -> Result<Found, PagetableError> {
-    let source = open(args)?;
+    let (memory, cpus) = open(args)?;
+    let (registers, paused) = registers(args, cpus)?;
+    let found = print_all(args, &memory, &registers);
+    // That a VM stands still is worse than anything before.
+    paused.map_or(Ok(()), Paused::resume)?;
+    found
+}
+
+fn print_all(
+    args: &Pagetable,
+    memory: &MemorySource,
+    known: &RegistersSource,
+) -> Result<Found, PagetableError> {
     let given = args.given();
-    let reading = Reading::new(source.registers, &given).ok_or(PagetableError::NoRoot)?;
+    let reading = Reading::new(known.registers, &given).ok_or(PagetableError::NoRoot)?;
     let paging = reading.paging(&given)?;
     let space = match args.va {
         Some(vas) => Space::new(paging, reading.root(), vas.first..=vas.last)?,
@@ -93,7 +141,7 @@ pub(crate) fn run(args: &Pagetable) -> Result<Found, PagetableError> {
     };
     let progress = Progress::start(args.progress);
     let walker = Walker {
-        memory: &source.memory,
+        memory: &memory.memory,
         space: &space,
         limits: Limits {
             entries: args.max_entries,
@@ -115,7 +163,8 @@ pub(crate) fn run(args: &Pagetable) -> Result<Found, PagetableError> {
             .is_some_and(|pages| print::write_exec_pages(pages) != 0),
     };
     let head = Head {
-        source: &source,
+        memory,
+        known,
         reading: &reading,
         space: &space,
         root_given: args.root.is_some(),
@@ -133,36 +182,101 @@ pub(crate) fn run(args: &Pagetable) -> Result<Found, PagetableError> {
     }
 }
 
-fn open(args: &Pagetable) -> Result<Source, PagetableError> {
-    let path = args
-        .memory
-        .as_deref()
-        .expect("the command line has a source");
+/// Opens guest memory; with the registers of all CPUs, if they are there, too.
+fn open(args: &Pagetable) -> Result<(MemorySource, Option<Vec<Registers>>), PagetableError> {
+    let Some(path) = args.memory.as_deref() else {
+        return Ok((of_companion(&args.of.status_socket()?)?, None));
+    };
     let maps: Vec<_> = args.map.iter().map(|map| map.0).collect();
     let dump = dump::open(path, &maps)?;
-    let (registers, registers_from) = match (&args.registers, dump.cpus) {
-        (Some(path), _) => (read_registers(path, args.cpu)?, path.display().to_string()),
-        (None, Some(cpus)) => of_dump(&cpus, args)?,
-        (None, None) => Default::default(),
-    };
-    Ok(Source {
+    let source = MemorySource {
         memory: dump.memory,
-        memory_from: path.display().to_string(),
-        registers,
-        registers_from,
+        from: path.display().to_string(),
+        left_out: 0,
+    };
+    Ok((source, dump.cpus))
+}
+
+fn of_companion(path: &Path) -> Result<MemorySource, PagetableError> {
+    let answer = status_client::ask(path)?;
+    let status = status_client::read(&answer.document, path)?;
+    let pieces = status
+        .memory
+        .ok_or_else(|| PagetableError::NotGiven(path.to_owned()))?;
+    let left_out = status.memory_left_out.unwrap_or(0);
+    if pieces.is_empty() {
+        return Err(PagetableError::NoMemory {
+            path: path.to_owned(),
+            left_out,
+        });
+    }
+    // One descriptor for each; another number is no companion's.
+    let not_status = || StatusError::NotStatus(path.to_owned());
+    if pieces.len() != answer.files.len() {
+        return Err(not_status().into());
+    }
+    let mut files: Vec<_> = answer.files.into_iter().map(Some).collect();
+    let mut places = Vec::new();
+    for piece in pieces {
+        let file = usize::try_from(piece.fd)
+            .ok()
+            .and_then(|fd| files.get_mut(fd)?.take());
+        let place = Place {
+            gpa: piece.gpa,
+            size: piece.size,
+            offset: piece.offset,
+        };
+        places.push((file.ok_or_else(not_status)?.into(), place));
+    }
+    let memory = Memory::of_files(places).map_err(|source| PagetableError::Companion {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(MemorySource {
+        memory,
+        from: path.display().to_string(),
+        left_out,
     })
 }
 
+/// Registers, `cpus` being those that came with the memory; and the VM, if it was stopped for it.
+fn registers(
+    args: &Pagetable,
+    cpus: Option<Vec<Registers>>,
+) -> Result<(RegistersSource, Option<Paused>), PagetableError> {
+    if let Some(path) = &args.qmp {
+        let cpu = args.cpu.unwrap_or(0);
+        let mut monitor = Monitor::connect(path)?;
+        let (registers, paused) = if args.pause {
+            let paused = Paused::new(monitor)?;
+            (paused.registers(cpu)?, Some(paused))
+        } else {
+            (monitor.registers(cpu)?, None)
+        };
+        let from = format!("CPU {cpu} by QEMU's monitor at {}", path.display());
+        return Ok((RegistersSource { registers, from }, paused));
+    }
+    let source = match (&args.registers, cpus) {
+        (Some(path), _) => RegistersSource {
+            registers: read_registers(path, args.cpu)?,
+            from: path.display().to_string(),
+        },
+        (None, Some(cpus)) => of_dump(&cpus, args)?,
+        (None, None) => RegistersSource::default(),
+    };
+    Ok((source, None))
+}
+
 /// The registers of the CPU that is asked for, and what they are called.
-fn of_dump(cpus: &[Registers], args: &Pagetable) -> Result<(Registers, String), PagetableError> {
+fn of_dump(cpus: &[Registers], args: &Pagetable) -> Result<RegistersSource, PagetableError> {
     let cpu = args.cpu.unwrap_or(0);
     match usize::try_from(cpu).ok().and_then(|cpu| cpus.get(cpu)) {
-        Some(registers) => {
-            let from = format!("CPU {cpu} of {} in the dump", cpus.len());
-            Ok((*registers, from))
-        }
+        Some(registers) => Ok(RegistersSource {
+            registers: *registers,
+            from: format!("CPU {cpu} of {} in the dump", cpus.len()),
+        }),
         // Whoever says where the root is needs none.
-        None if args.root.is_some() && args.cpu.is_none() => Ok(Default::default()),
+        None if args.root.is_some() && args.cpu.is_none() => Ok(RegistersSource::default()),
         None => Err(PagetableError::NoCpu {
             cpu,
             cpus: cpus.len(),

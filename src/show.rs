@@ -2,60 +2,34 @@
 
 //! `vhost-guard show`: asks a companion's status socket and prints what it says, for people or
 //! for programs.
-//!
-//! What answers may be anything, and ends up on a terminal: it is bounded, read as a document
-//! before any of it is printed, and stripped of what a terminal would obey.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
 
-use serde::Deserialize;
 use vhost_guard::protect::{GfnRange, PAGE_SHIFT};
-use vhost_guard::report::{Event, FORMAT, MsrRule, Status};
+use vhost_guard::report::{Event, MsrRule, Status};
 
 use crate::columns::{aligned, size};
-
-/// How long the companion may take. It serves one client after another, for 2 seconds each.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// More than a document with a million ranges has.
-const MAX_SIZE: usize = 256 << 20;
+use crate::status_client::{self, Answer, StatusError};
 
 /// Why there is nothing to show.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShowError {
-    #[error(
-        "no companion listens at {} (is it running, and with this socket?)",
-        .0.display()
-    )]
-    Nobody(PathBuf),
-    #[error("cannot ask {}", .path.display())]
-    Io {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error(
-        "{} is not a companion's status socket (give its --socket-path, or its --status-path)",
-        .0.display()
-    )]
-    NotStatus(PathBuf),
-    #[error("the companion tells its status in format {0}, and this is for format {FORMAT}")]
-    Format(u32),
+    #[error(transparent)]
+    Status(#[from] StatusError),
     #[error("cannot print it")]
     Print(#[source] io::Error),
 }
 
 /// Prints what the companion at `path` says.
 pub(crate) fn run(path: &Path, json: bool) -> Result<(), ShowError> {
-    let document = ask(path)?;
-    let status = read(&document, path)?;
+    let Answer { document, .. } = status_client::ask(path)?;
+    let status = status_client::read(&document, path)?;
     let text = if json {
         document
     } else {
         table(&status)
-            .ok_or_else(|| ShowError::NotStatus(path.to_owned()))?
+            .ok_or_else(|| StatusError::NotStatus(path.to_owned()))?
             .into_bytes()
     };
     let mut out = io::stdout().lock();
@@ -64,52 +38,6 @@ pub(crate) fn run(path: &Path, json: bool) -> Result<(), ShowError> {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(ShowError::Print),
     }
-}
-
-fn ask(path: &Path) -> Result<Vec<u8>, ShowError> {
-    let failed = |source: io::Error| match source.kind() {
-        ErrorKind::NotFound | ErrorKind::ConnectionRefused => ShowError::Nobody(path.to_owned()),
-        _ => ShowError::Io {
-            path: path.to_owned(),
-            source,
-        },
-    };
-    let not_status = || ShowError::NotStatus(path.to_owned());
-    let mut stream = UnixStream::connect(path).map_err(failed)?;
-    let deadline = Instant::now() + PATIENCE;
-    let mut document = Vec::new();
-    let mut chunk = vec![0; 64 << 10];
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(not_status());
-        }
-        stream.set_read_timeout(Some(left)).map_err(failed)?;
-        match stream.read(&mut chunk) {
-            Ok(0) => return Ok(document),
-            Ok(n) => document.extend_from_slice(&chunk[..n]),
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return Err(not_status()),
-            Err(e) => return Err(failed(e)),
-        }
-        // The other sockets greet with something else, and then wait.
-        if document.first() != Some(&b'{') || document.len() > MAX_SIZE {
-            return Err(not_status());
-        }
-    }
-}
-
-fn read(document: &[u8], path: &Path) -> Result<Status, ShowError> {
-    #[derive(Deserialize)]
-    struct Head {
-        format: u32,
-    }
-    let not_status = |_| ShowError::NotStatus(path.to_owned());
-    let Head { format } = serde_json::from_slice(document).map_err(not_status)?;
-    if format != FORMAT {
-        return Err(ShowError::Format(format));
-    }
-    serde_json::from_slice(document).map_err(not_status)
 }
 
 /// The document for people. `None` if a range in it is none.

@@ -5,11 +5,21 @@
 mod common;
 
 use std::ffi::OsStr;
-use std::io::{Read, Write};
-use std::process::{Output, Stdio};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 
+use common::qmp::{self, Monitor};
 use common::tables::*;
 use common::*;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -155,6 +165,7 @@ fn a_raw_image_and_an_elf_dump_of_four_and_five_levels_say_the_same() {
             json!({
                 "from": elf.to_str().unwrap(),
                 "pieces": [{ "gpa": "0x0", "size": 0x4_0000 }, { "gpa": "0x40000", "size": 0xc_0000 }],
+                "left_out": 0,
             })
         );
         let registers = &of_elf["registers"];
@@ -462,7 +473,7 @@ fn an_error_is_one_line_that_says_what_to_do() {
             &[&"--memory", &dir.path(), &"--root", &"0"],
             "is a directory",
         ),
-        (&[&"--memory", &raw], "give --root"),
+        (&[&"--memory", &raw], "give --qmp, --registers or --root"),
         (&[&"--memory", &raw, &"--root", &"1G"], "is the root right"),
         (
             &[&"--memory", &raw, &"--root", &"0x1000", &"--cr0", &"0"],
@@ -616,5 +627,326 @@ fn help_teaches_pagetable() {
         "Exit status:",
     ] {
         assert!(help.contains(word), "{word}: {help}");
+    }
+}
+
+/// A VM whose guest has these tables, with a companion.
+fn vm(image: &Image) -> Setup {
+    let s = Setup::new();
+    s.guest
+        .write_bytes(ROOT, &image.bytes[ROOT as usize..0x1_0000]);
+    s
+}
+
+#[test]
+fn a_companion_passes_the_memory_of_its_guest() {
+    let s = vm(&kernel(4));
+    for (option, path) in [
+        ("--socket-path", s.companion.socket_path()),
+        ("--status-path", s.companion.status_path()),
+        ("--control-path", s.companion.control_path()),
+    ] {
+        let document = document(&[&option, &path, &"--root", &"0x1000"]);
+        assert_eq!(
+            document["memory"]["pieces"],
+            json!([{ "gpa": "0x0", "size": 32 << 20 }])
+        );
+        assert_eq!(
+            without(document, &["memory", "registers"]),
+            kernel_document(4)
+        );
+    }
+}
+
+#[test]
+fn memory_that_was_passed_cannot_be_written() {
+    use rustix::fs::OFlags;
+    let s = vm(&kernel(4));
+    let stream = UnixStream::connect(s.companion.status_path()).unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut first = [0];
+    recvmsg(
+        &stream,
+        &mut [IoSliceMut::new(&mut first)],
+        &mut control,
+        RecvFlags::empty(),
+    )
+    .unwrap();
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(passed) = message {
+            files.extend(passed);
+        }
+    }
+    assert_eq!((first, files.len()), (*b"{", 1));
+    let flags = rustix::fs::fcntl_getfl(&files[0]).unwrap();
+    assert_eq!(flags & OFlags::RWMODE, OFlags::RDONLY);
+}
+
+#[test]
+fn what_answers_for_a_companion_is_not_trusted() {
+    let dir = TempDir::new().unwrap();
+    let s = vm(&kernel(4));
+    let status = s.companion.status();
+    let path = dir.path().join("fake");
+    let listener = UnixListener::bind(&path).unwrap();
+    let piece = |gpa: u64, size: u64, offset: u64, fd: u64| json!({ "gpa": gpa, "size": size, "offset": offset, "fd": fd });
+    let not_status = "is not a companion's status socket";
+    for (pieces, fds, expected) in [
+        (json!(null), 0, "gives no guest memory"),
+        (json!([]), 0, "has no guest memory"),
+        (json!([piece(0, 4096, 0, 0)]), 0, not_status),
+        (json!([piece(0, 4096, 0, 1)]), 1, not_status),
+        (
+            json!([piece(0, 4096, 0, 0), piece(8192, 4096, 0, 0)]),
+            2,
+            not_status,
+        ),
+        (json!([piece(0, 4096, 0, 0)]), 65, not_status),
+        (json!([piece(0, 4097, 0, 0)]), 1, "cut short"),
+        (json!([piece(0, 4096, u64::MAX, 0)]), 1, "cut short"),
+        (
+            json!([piece(u64::MAX, 4096, 0, 0)]),
+            1,
+            "more than addresses",
+        ),
+        (json!([piece(0, 0, 0, 0)]), 1, "0x0 bytes"),
+        (
+            json!([piece(0, 4096, 0, 0), piece(1, 4096, 0, 1)]),
+            2,
+            "two pieces",
+        ),
+    ] {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let mut document = status.clone();
+        document["memory"] = pieces;
+        let bytes = serde_json::to_vec(&document).unwrap();
+        let output = std::thread::scope(|scope| {
+            let output =
+                scope.spawn(|| pagetable(&[&"--status-path", &path, &"--root", &"0x1000"]));
+            let (stream, _) = listener.accept().unwrap();
+            // At most 64 fit into what the client has room for at once.
+            for n in 0..bytes.len().min(3) {
+                let files = vec![
+                    file.as_fd();
+                    if n < 2 {
+                        (fds as usize).saturating_sub(64 * n).min(64)
+                    } else {
+                        0
+                    }
+                ];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(&files)));
+                let part = if n < 2 { &bytes[n..=n] } else { &bytes[n..] };
+                // It may have seen enough.
+                let _ = sendmsg(
+                    &stream,
+                    &[IoSlice::new(part)],
+                    &mut control,
+                    SendFlags::NOSIGNAL,
+                );
+            }
+            drop(stream);
+            output.join().unwrap()
+        });
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(expected), "{expected}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn a_companion_without_a_guest_has_no_memory() {
+    let companion = Companion::start();
+    let output = pagetable(&[&"--socket-path", &companion.socket_path(), &"--root", &"0"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("when the guest's driver starts"));
+    let output = pagetable(&[&"--control-path", &"/run/control", &"--root", &"0"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("give --status-path"));
+}
+
+#[test]
+fn the_monitor_tells_registers_and_stops_a_vm_that_runs() {
+    let s = vm(&kernel(4));
+    let socket = s.companion.socket_path();
+    for (running, pause, expected) in [
+        (true, false, &["human-monitor-command"][..]),
+        (
+            true,
+            true,
+            &["query-status", "stop", "human-monitor-command", "cont"],
+        ),
+        (false, true, &["query-status", "human-monitor-command"]),
+    ] {
+        let monitor = Monitor::of_vm(running);
+        let mut args: Vec<&dyn AsRef<OsStr>> =
+            vec![&"--socket-path", &socket, &"--qmp", &monitor.path];
+        if pause {
+            args.push(&"--pause");
+        }
+        let document = document(&args);
+        assert_eq!(document["registers"]["cr3"], "0x1802");
+        assert_eq!(
+            without(document, &["memory", "registers"]),
+            kernel_document(4)
+        );
+        assert_eq!(
+            monitor.commands(),
+            [&["qmp_capabilities"], expected].concat()
+        );
+    }
+}
+
+#[test]
+fn a_vm_goes_on_when_the_walk_fails() {
+    let s = vm(&kernel(4));
+    let socket = s.companion.socket_path();
+    let monitor = Monitor::of_vm(true);
+    let output = pagetable(&[
+        &"--socket-path",
+        &socket,
+        &"--qmp",
+        &monitor.path,
+        &"--pause",
+        &"--root",
+        &"1T",
+    ]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("is the root right"));
+    assert_eq!(monitor.commands().last().unwrap(), "cont");
+
+    // No registers, after it was stopped.
+    let monitor = Monitor::new(qmp::GREETING, |command| match command {
+        "query-status" => Some(json!({ "running": true })),
+        "human-monitor-command" => None,
+        _ => Some(json!({})),
+    });
+    let output = pagetable(&[
+        &"--socket-path",
+        &socket,
+        &"--qmp",
+        &monitor.path,
+        &"--pause",
+    ]);
+    assert!(text(&output.stderr).contains("QEMU refused human-monitor-command: no?[2J way"));
+    assert_eq!(monitor.commands().last().unwrap(), "cont");
+
+    // It cannot be said whether it was stopped.
+    let monitor = Monitor::new(qmp::GREETING, |command| match command {
+        "query-status" => Some(json!({ "running": true })),
+        "stop" => None,
+        _ => Some(json!({})),
+    });
+    let output = pagetable(&[
+        &"--socket-path",
+        &socket,
+        &"--qmp",
+        &monitor.path,
+        &"--pause",
+    ]);
+    assert!(text(&output.stderr).contains("QEMU refused stop"));
+    assert_eq!(monitor.commands().last().unwrap(), "cont");
+
+    // It stays stopped: that has to be said.
+    let monitor = Monitor::new(qmp::GREETING, |command| match command {
+        "query-status" => Some(json!({ "running": true })),
+        "human-monitor-command" => Some(json!(qmp::REGISTERS)),
+        "cont" => None,
+        _ => Some(json!({})),
+    });
+    let output = pagetable(&[
+        &"--socket-path",
+        &socket,
+        &"--qmp",
+        &monitor.path,
+        &"--pause",
+    ]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("use the monitor's command cont"));
+}
+
+#[test]
+fn a_vm_goes_on_when_a_signal_ends_it() {
+    // More to print than a pipe holds, and nobody who reads it.
+    let mut image = Image::new(4, 0x1_0000);
+    for index in 0..512 {
+        image.set(ROOT + 8 * index, ROOT | P | W);
+    }
+    let s = vm(&image);
+    for (signal, number) in [("-INT", 2), ("-TERM", 15), ("-HUP", 1)] {
+        let monitor = Monitor::of_vm(true);
+        let mut child = Companion::command()
+            .args(["pagetable", "--pause", "--socket-path"])
+            .arg(s.companion.socket_path())
+            .arg("--qmp")
+            .arg(&monitor.path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut some = [0; 10];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut some)
+            .unwrap();
+        let pid = child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert_eq!(child.wait().unwrap().signal(), Some(number));
+        assert_eq!(monitor.commands().last().unwrap(), "cont");
+    }
+}
+
+#[test]
+fn a_monitor_that_is_none_is_not_trusted() {
+    let s = vm(&kernel(4));
+    let socket = s.companion.socket_path();
+    let ask = |path: &Path| {
+        let output = pagetable(&[&"--socket-path", &socket, &"--qmp", &path]);
+        let error = text(&output.stderr).to_owned();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        error
+    };
+    let error = ask(Path::new("/nowhere"));
+    assert!(
+        error.contains("cannot connect to QEMU's monitor"),
+        "{error}"
+    );
+    let long: &'static str = "x".repeat(3 << 20).leak();
+    for (greeting, expected) in [
+        ("VGRD", "does not speak QMP"),
+        ("[]", "does not speak QMP"),
+        (r#"{"error": 1}"#, "does not speak QMP"),
+        (
+            r#"{"error": {"desc": "busy"}}"#,
+            "QEMU refused qmp_capabilities: busy",
+        ),
+        (long, "does not speak QMP"),
+    ] {
+        let monitor = Monitor::new(greeting, |_| Some(json!({})));
+        let error = ask(&monitor.path);
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    for (registers, expected) in [
+        (json!("CR3=1000"), "told no registers"),
+        (json!({}), "does not speak QMP"),
+        (json!(null), "does not speak QMP"),
+    ] {
+        let monitor = Monitor::new(qmp::GREETING, move |_| Some(registers.clone()));
+        let error = ask(&monitor.path);
+        assert!(error.contains(expected), "{expected}: {error}");
     }
 }

@@ -288,6 +288,14 @@ fn guest_memory_is_for_root_and_its_own_user() {
         assert_eq!(document.get("memory").is_some(), given, "{uid}");
         assert_eq!(document["generation"], 7);
     }
+    let output = Command::new(&program)
+        .uid(65534)
+        .args(["pagetable", "--root", "0x1000", "--status-path"])
+        .arg(s.companion.status_path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(output.stderr).contains("gives no guest memory"));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use vhost_guard::paging::Levels;
 
 use super::memory::Place;
 use super::registers::Given;
+use crate::cli::Companion;
 
 /// Print what a guest's page tables map: from the outside, without the guest noticing.
 ///
@@ -17,25 +18,31 @@ use super::registers::Given;
 /// the kernel's half of the addresses; what they add up to, page by page, over all mappings; and
 /// what is writable and executable, by one mapping or by two together. Nothing is changed by it.
 ///
-/// It needs guest memory (--memory) and registers (--root or --registers; an ELF dump has them).
+/// It needs guest memory (--memory, or a companion's socket) and registers (--qmp, --registers or
+/// --root; an ELF dump has them).
 #[derive(Args, Debug)]
 #[command(
-    group = ArgGroup::new("source").required(true).args(["memory"]),
+    group = ArgGroup::new("source").required(true).args(
+        ["memory", "socket_path", "status_path", "control_path"]
+    ),
     after_help = "\
 RIGHTS are r (mapped, so it can be read), w (something writes), x (supervisor mode executes) and u \
 (user mode executes), after all levels, CR0.WP and CR4.SMEP. They are an upper bound: what SMAP or \
 protection keys forbid, supervisor mode can allow itself.
 
 Examples:
+  A VM that runs beside its companion, stopped for a moment:
+    vhost-guard pagetable --socket-path /run/vm1/guard --qmp /run/vm1/qmp --pause
+
+  The same of a VM that libvirt runs:
+    virsh qemu-monitor-command VM --hmp info registers | \\
+      vhost-guard pagetable --socket-path /run/vm1/guard --registers -
+
   A dump, by QEMU's monitor \"dump-guest-memory vm1.elf\" or by \"virsh dump --memory-only\":
     vhost-guard pagetable --memory vm1.elf
 
   Memory without registers (\"pmemsave 0 0x20000000 vm1.ram\"), of 5-level tables:
     vhost-guard pagetable --memory vm1.ram --root 0x2a10000 --levels 5
-
-  The same with the registers of a VM that libvirt runs:
-    virsh qemu-monitor-command VM --hmp info registers | \\
-      vhost-guard pagetable --memory vm1.ram --registers -
 
   Fail a test if anything is writable and executable:
     vhost-guard pagetable --memory vm1.elf --wx --fail-on-wx
@@ -49,12 +56,15 @@ pub(crate) struct Pagetable {
     #[arg(long, value_name = "FILE", help_heading = "Guest memory")]
     pub(crate) memory: Option<PathBuf>,
 
+    #[command(flatten, next_help_heading = "Guest memory")]
+    pub(crate) of: Companion,
+
     /// FILE is a raw image, and has guest-physical addresses GPA to GPA+SIZE from OFFSET [default: 0]
     /// on; numbers as 4096, 0x1000, 4K, 3G. May be repeated [default: the whole file at address 0].
     #[arg(
         long,
         value_name = "GPA:SIZE[:OFFSET]",
-        requires = "memory",
+        conflicts_with_all = ["socket_path", "status_path", "control_path"],
         help_heading = "Guest memory"
     )]
     pub(crate) map: Vec<Map>,
@@ -63,6 +73,20 @@ pub(crate) struct Pagetable {
     /// registers", or "info registers -a".
     #[arg(long, value_name = "FILE", help_heading = "Registers")]
     pub(crate) registers: Option<PathBuf>,
+
+    /// Ask QEMU's monitor for registers, at the socket of its -qmp. It serves one client at a time.
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        conflicts_with = "registers",
+        help_heading = "Registers"
+    )]
+    pub(crate) qmp: Option<PathBuf>,
+
+    /// Stop the VM meanwhile, if it runs, so that what is read is of one moment. It goes on when all is
+    /// printed, and also after an error, SIGINT, SIGTERM or SIGHUP; not after SIGKILL.
+    #[arg(long, requires = "qmp", help_heading = "Registers")]
+    pub(crate) pause: bool,
 
     /// Take the registers of CPU N [default: the first].
     #[arg(long, value_name = "N", help_heading = "Registers")]

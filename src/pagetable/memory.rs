@@ -107,6 +107,26 @@ impl Memory {
         Ok(Self { pieces })
     }
 
+    /// Pieces of files, each in its own.
+    pub(crate) fn of_files(files: Vec<(File, Place)>) -> Result<Self, MemoryError> {
+        let mut memory = Self::default();
+        for (file, place) in files {
+            memory
+                .pieces
+                .append(&mut Self::of_file(file, &[place])?.pieces);
+        }
+        memory.pieces.sort_by_key(|piece| piece.gpa);
+        for pair in memory.pieces.windows(2) {
+            if pair[0].gpa + pair[0].size > pair[1].gpa {
+                return Err(MemoryError::Overlap(pair[1].gpa));
+            }
+        }
+        if memory.pieces.is_empty() {
+            return Err(MemoryError::Empty);
+        }
+        Ok(memory)
+    }
+
     /// First address and size of each piece, in ascending order.
     pub(crate) fn pieces(&self) -> impl ExactSizeIterator<Item = (u64, u64)> + '_ {
         self.pieces.iter().map(|piece| (piece.gpa, piece.size))
@@ -306,5 +326,11 @@ mod tests {
             let error = of(places).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+        assert!(Memory::of_files(Vec::new()).is_err());
+        let twice = vec![
+            (file(0x1000), place(0, 0x1000, 0)),
+            (file(0x1000), place(0xfff, 0x1000, 0)),
+        ];
+        assert!(Memory::of_files(twice).is_err());
     }
 }

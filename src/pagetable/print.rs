@@ -10,8 +10,8 @@ use serde::{Serialize, Serializer};
 use vhost_guard::paging::{Collective, Extent, Malformed, Paging, Rights, Space, WalkError};
 use vhost_guard::protect::PAGE_SHIFT;
 
-use super::Source;
 use super::registers::Reading;
+use super::{MemorySource, RegistersSource};
 use crate::columns::{aligned, printable, size};
 
 /// Says which document it is. Fields may be added to one; anything else changes it.
@@ -21,7 +21,8 @@ const MALFORMED_TOLD: usize = 10;
 
 /// What was read, and how.
 pub(crate) struct Head<'a> {
-    pub(super) source: &'a Source,
+    pub(super) memory: &'a MemorySource,
+    pub(super) known: &'a RegistersSource,
     pub(super) reading: &'a Reading,
     pub(super) space: &'a Space,
     pub(super) root_given: bool,
@@ -99,22 +100,26 @@ const MAPPINGS_HEAD: &str =
 impl<W: Write> Report for Text<W> {
     fn head(&mut self, head: &Head<'_>) -> io::Result<()> {
         let Head {
-            source,
+            memory,
+            known,
             reading,
             space,
             root_given,
         } = head;
         let paging = space.paging();
-        let pieces: Vec<_> = source.memory.pieces().collect();
+        let pieces: Vec<_> = memory.memory.pieces().collect();
         let bytes: u64 = pieces.iter().map(|(_, size)| size).sum();
-        let memory = format!(
+        let mut ram = format!(
             "{}: {} in {} piece{}",
-            source.memory_from,
+            memory.from,
             size(pages_of(bytes)),
             pieces.len(),
             if pieces.len() == 1 { "" } else { "s" }
         );
-        let registers = match (source.registers_from.as_str(), root_given) {
+        if memory.left_out != 0 {
+            ram.push_str(&format!("; {} more could not be had", memory.left_out));
+        }
+        let registers = match (known.from.as_str(), root_given) {
             ("", _) => "as given, and as a Linux has them".into(),
             (from, true) => format!("{from}, but the root as given"),
             (from, false) => from.to_owned(),
@@ -130,14 +135,14 @@ impl<W: Write> Report for Text<W> {
         }
         let (first, last) = addresses(space);
         let mut rows = vec![
-            ("memory", memory),
+            ("memory", ram),
             ("registers", registers),
             ("", values),
             ("root", root),
             ("paging", describe(paging)),
             ("addresses", format!("{first:#018x}-{last:#018x}")),
         ];
-        if source.registers.efer.is_none() && !source.registers_from.is_empty() {
+        if known.registers.efer.is_none() && !known.from.is_empty() {
             rows.insert(
                 3,
                 ("", "EFER is not in a dump; taken as a Linux has it".into()),
@@ -350,6 +355,7 @@ impl<W: Write> Json<W> {
 struct MemoryDocument<'a> {
     from: &'a str,
     pieces: Vec<PieceDocument>,
+    left_out: u64,
 }
 
 #[derive(Serialize)]
@@ -450,24 +456,26 @@ struct FramesDocument {
 impl<W: Write> Report for Json<W> {
     fn head(&mut self, head: &Head<'_>) -> io::Result<()> {
         let Head {
-            source,
+            memory,
+            known,
             reading,
             space,
             ..
         } = head;
         let paging = space.paging();
         let (first, last) = addresses(space);
-        let pieces = source.memory.pieces().map(|(gpa, size)| PieceDocument {
+        let pieces = memory.memory.pieces().map(|(gpa, size)| PieceDocument {
             gpa: Hex(gpa),
             size,
         });
-        let from = source.registers_from.as_str();
+        let from = known.from.as_str();
         write!(self.out, "{{\"format\":{FORMAT}")?;
         self.field(
             "memory",
             &MemoryDocument {
-                from: &printable(&source.memory_from),
+                from: &printable(&memory.from),
                 pieces: pieces.collect(),
+                left_out: memory.left_out,
             },
         )?;
         self.field(
