@@ -5,6 +5,7 @@
 mod common;
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
@@ -179,7 +180,13 @@ fn a_raw_image_and_an_elf_dump_of_four_and_five_levels_say_the_same() {
                 .unwrap()
                 .contains("give the kernel's --root")
         );
-        assert_eq!(of_raw["registers"]["note"], Value::Null);
+        assert_eq!(registers["assumed"], json!(["EFER"]));
+        let registers = &of_raw["registers"];
+        assert_eq!(
+            (&registers["note"], &registers["from"]),
+            (&Value::Null, &Value::Null)
+        );
+        assert_eq!(registers["assumed"], json!(["CR0", "CR4", "EFER"]));
     }
 }
 
@@ -192,7 +199,7 @@ fn a_table_is_printed_for_people() {
 memory:     {}: 1 MiB in 1 piece
 registers:  CPU 0 of 1 in the dump
             CR0 0x80050033  CR3 0x1802  CR4 0x1006f0  EFER 0xd01  CPL 3
-            EFER is not in a dump; taken as a Linux has it
+            EFER: not known, taken as a Linux has it
 root:       0x1000, which is CR3 without PCID and flags
 paging:     4 levels; WP on, NXE on, SMEP on, shadow stacks off; physical addresses of 52 bits
 addresses:  0xffff800000000000-0xffffffffffffffff
@@ -872,6 +879,23 @@ fn a_vm_goes_on_when_the_walk_fails() {
 }
 
 #[test]
+fn a_vm_goes_on_when_nothing_can_be_printed() {
+    let s = vm(&kernel(4));
+    let monitor = Monitor::of_vm(true);
+    let output = Companion::command()
+        .args(["pagetable", "--pause", "--socket-path"])
+        .arg(s.companion.socket_path())
+        .arg("--qmp")
+        .arg(&monitor.path)
+        .stdout(File::options().write(true).open("/dev/full").unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).starts_with("vhost-guard: error: cannot print it: "));
+    assert_eq!(monitor.commands().last().unwrap(), "cont");
+}
+
+#[test]
 fn a_vm_goes_on_when_a_signal_ends_it() {
     // More to print than a pipe holds, and nobody who reads it.
     let mut image = Image::new(4, 0x1_0000);
@@ -925,7 +949,7 @@ fn a_monitor_that_is_none_is_not_trusted() {
         error.contains("cannot connect to QEMU's monitor"),
         "{error}"
     );
-    let long: &'static str = "x".repeat(3 << 20).leak();
+    let long = format!(r#"{{"event": "{}"}}"#, "x".repeat(3 << 20)).leak();
     for (greeting, expected) in [
         ("VGRD", "does not speak QMP"),
         ("[]", "does not speak QMP"),
@@ -936,7 +960,7 @@ fn a_monitor_that_is_none_is_not_trusted() {
         ),
         (long, "does not speak QMP"),
     ] {
-        let monitor = Monitor::new(greeting, |_| Some(json!({})));
+        let monitor = Monitor::new(greeting, |_| Some(json!("")));
         let error = ask(&monitor.path);
         assert!(error.contains(expected), "{expected}: {error}");
     }

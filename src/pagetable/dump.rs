@@ -218,3 +218,71 @@ fn cpu_state(state: &[u8]) -> Result<Registers, ElfError> {
         cpl: word(CS).map(|selector| (selector & 3) as u8),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An ELF header, a note of QEMU's, and a piece of memory.
+    fn core() -> Vec<u8> {
+        let mut out = b"\x7fELF\x02\x01\x01".to_vec();
+        out.resize(16, 0);
+        out.extend([4, 0, 62, 0, 1, 0, 0, 0]);
+        out.extend([0u64, 64, 0].map(u64::to_le_bytes).concat());
+        out.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        for (kind, offset, gpa, size) in [(4u32, 176u64, 0u64, 460u64), (1, 636, 0x1000, 16)] {
+            out.extend([kind, 0].map(u32::to_le_bytes).concat());
+            out.extend(
+                [offset, 0, gpa, size, size, 0]
+                    .map(u64::to_le_bytes)
+                    .concat(),
+            );
+        }
+        out.extend([5u32, 440, 0].map(u32::to_le_bytes).concat());
+        out.extend(b"QEMU\0\0\0\0");
+        let mut state = vec![0x11; 440];
+        state[..8].copy_from_slice(&[1, 0, 0, 0, 0xb8, 1, 0, 0]);
+        out.extend(state);
+        out.extend([0; 16]);
+        out
+    }
+
+    #[test]
+    fn registers_and_places_are_read() {
+        let Parsed { places, cpus } = parse(core().as_slice()).unwrap();
+        let place = Place {
+            gpa: 0x1000,
+            size: 16,
+            offset: 636,
+        };
+        assert_eq!(places, [place]);
+        let number = Some(0x1111_1111_1111_1111);
+        let registers = Registers {
+            cr0: number,
+            cr3: number,
+            cr4: number,
+            efer: None,
+            cpl: Some(1),
+        };
+        assert_eq!(cpus, [registers]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_break_the_parser(
+            changes in prop::collection::vec((0..652usize, any::<u8>()), 0..20),
+            length in 0..=652usize,
+        ) {
+            let mut bytes = core();
+            for (at, byte) in changes {
+                bytes[at] = byte;
+            }
+            bytes.truncate(length.max(64));
+            if let Ok(parsed) = parse(bytes.as_slice()) {
+                prop_assert!(parsed.cpus.len() <= bytes.len() / 440);
+            }
+        }
+    }
+}

@@ -199,12 +199,11 @@ fn check_length(file: &File, places: &[Place]) -> Result<(), MemoryError> {
 }
 
 fn map(file: File, offset: u64, size: u64) -> Result<Arc<MmapRegion>, MemoryError> {
-    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
     let size = usize::try_from(size).map_err(|_| MemoryError::Size { gpa: 0, size })?;
     MmapRegionBuilder::new(size)
         .with_file_offset(FileOffset::new(file, offset))
         .with_mmap_prot(ProtFlags::READ.bits() as i32)
-        .with_mmap_flags(flags.bits() as i32)
+        .with_mmap_flags(MapFlags::SHARED.bits() as i32)
         .build()
         .map(Arc::new)
         .map_err(MemoryError::Map)

@@ -142,11 +142,10 @@ impl<W: Write> Report for Text<W> {
             ("paging", describe(paging)),
             ("addresses", format!("{first:#018x}-{last:#018x}")),
         ];
-        if known.registers.efer.is_none() && !known.from.is_empty() {
-            rows.insert(
-                3,
-                ("", "EFER is not in a dump; taken as a Linux has it".into()),
-            );
+        if !known.from.is_empty() && !reading.assumed.is_empty() {
+            let names = reading.assumed.join(", ");
+            let note = format!("{names}: not known, taken as a Linux has it");
+            rows.insert(3, ("", note));
         }
         if let Some(note) = user_mode(reading) {
             rows.push(("note", note.into()));

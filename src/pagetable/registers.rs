@@ -7,11 +7,11 @@ use serde::Serialize;
 use vhost_guard::paging::{Levels, Paging, SpaceError};
 
 /// PE, MP, ET, NE, WP, AM, PG: as a Linux has it.
-pub(crate) const LINUX_CR0: u64 = 0x8005_0033;
+const LINUX_CR0: u64 = 0x8005_0033;
 /// PAE, PGE, SMEP and what of CR4 does not matter here.
 const LINUX_CR4: u64 = 0x0010_06f0;
 /// SCE, LME, LMA, NXE.
-pub(crate) const LINUX_EFER: u64 = 0xd01;
+const LINUX_EFER: u64 = 0xd01;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_CET: u64 = 1 << 23;
 /// Where the root is in CR3. The rest are PCID or PWT and PCD, LAM's bits, and reserved.
@@ -110,7 +110,7 @@ pub(crate) struct Given {
 }
 
 /// How tables are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Reading {
     #[serde(serialize_with = "super::print::hex")]
     pub(crate) cr0: u64,
@@ -121,24 +121,36 @@ pub(crate) struct Reading {
     #[serde(serialize_with = "super::print::hex")]
     pub(crate) efer: u64,
     pub(crate) cpl: Option<u8>,
+    /// Names of those that nobody told.
+    pub(crate) assumed: Vec<&'static str>,
 }
 
 impl Reading {
     /// From what is known and what was given, and what a Linux has for the rest. `None` without a root.
     pub(crate) fn new(known: Registers, given: &Given) -> Option<Self> {
-        let mut cr4 = given.cr4.or(known.cr4).unwrap_or(LINUX_CR4);
+        let mut assumed = Vec::new();
+        let mut told = |name, given: Option<u64>, known: Option<u64>, linux| {
+            given.or(known).unwrap_or_else(|| {
+                assumed.push(name);
+                linux
+            })
+        };
+        let cr0 = told("CR0", given.cr0, known.cr0, LINUX_CR0);
+        let mut cr4 = told("CR4", given.cr4, known.cr4, LINUX_CR4);
+        let efer = told("EFER", given.efer, known.efer, LINUX_EFER);
         match given.levels {
             Some(Levels::Four) => cr4 &= !CR4_LA57,
             Some(Levels::Five) => cr4 |= CR4_LA57,
             None => {}
         }
         Some(Self {
-            cr0: given.cr0.or(known.cr0).unwrap_or(LINUX_CR0),
+            cr0,
             cr3: given.root.or(known.cr3)?,
             cr4,
-            efer: given.efer.or(known.efer).unwrap_or(LINUX_EFER),
+            efer,
             // It says whose tables CR3 has, and nothing of those that were named.
             cpl: known.cpl.filter(|_| given.root.is_none()),
+            assumed,
         })
     }
 
@@ -240,6 +252,7 @@ EFER=0000000000000d01
         assert_eq!(Reading::new(Registers::default(), &given), None);
         let reading = Reading::new(known, &given).unwrap();
         assert_eq!((reading.root(), reading.cpl), (0x505_a000, Some(3)));
+        assert!(reading.assumed.is_empty());
         let given = Given {
             root: Some(1 << 63 | 0x1234_5018),
             levels: Some(Levels::Five),
@@ -249,6 +262,7 @@ EFER=0000000000000d01
         assert_eq!((reading.root(), reading.cpl), (0x1234_5000, None));
         assert_eq!(reading.cr4, 0x75_1ef0);
         let reading = Reading::new(Registers::default(), &given).unwrap();
+        assert_eq!(reading.assumed, ["CR0", "CR4", "EFER"]);
         let paging = reading.paging(&given).unwrap();
         assert!(paging.wp && paging.nxe && paging.smep && !paging.shadow_stacks);
         assert_eq!(paging.levels, Levels::Five);
