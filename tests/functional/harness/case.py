@@ -84,11 +84,12 @@ class GuardTest(Test):
             self.accel, words), *devices],
             companion=companion, **options)
 
-    def linux(self, words, companion, kernel="6.12-cloud", **options):
+    def linux(self, words, companion, kernel="6.12-cloud", devices=(),
+              **options):
         """A QEMU with the Linux guest."""
         cpu = "max,la57=off" if self.accel == "tcg" else "host"
-        return self.vm(machine.linux_arguments(self.host, kernel, words),
-                       companion=companion,
+        return self.vm([*machine.linux_arguments(self.host, kernel, words),
+                        *devices], companion=companion,
                        **{"memory": 512, "bios": None, "cpu": cpu, **options})
 
     def assert_matches(self, match, **fields):
