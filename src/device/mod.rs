@@ -40,7 +40,7 @@ use control::{Known, Requests};
 use events::Events;
 use in_force::{Change, InForce, describe};
 use ring::{Left, Ring};
-use walker::{Ended, Job, Walked, Walker, Work};
+use walker::{Ended, Job, Take, Walked, Walker};
 use wire::{Config, Errno, Lane, Limits, MAX_REQUEST_RANGES, Refusal, Rights};
 
 static CHANGED: LogLimit = LogLimit::new(10);
@@ -188,15 +188,17 @@ impl Device {
         policy: Option<Arc<PolicyFile>>,
         witness: Option<Arc<dyn Witness>>,
     ) -> Arc<Self> {
-        Self::with_work(enforcer, policy, witness, Box::new(walker::work))
+        Self::with_walker(enforcer, policy, witness, |take| {
+            Walker::new(Box::new(walker::thread), Box::new(walker::work), take)
+        })
     }
 
-    /// The same, with walks done by `work`.
-    fn with_work(
+    /// The same, with a walker that hands its results to what `walker` is called with.
+    fn with_walker(
         enforcer: Arc<dyn Enforcer>,
         policy: Option<Arc<PolicyFile>>,
         witness: Option<Arc<dyn Witness>>,
-        work: Box<Work>,
+        walker: impl FnOnce(Box<Take>) -> Walker,
     ) -> Arc<Self> {
         Arc::new_cyclic(|device: &Weak<Self>| {
             let device = device.clone();
@@ -211,7 +213,7 @@ impl Device {
                 policy,
                 state: Mutex::default(),
                 greeted: Condvar::new(),
-                walker: Walker::new(work, Box::new(take)),
+                walker: walker(Box::new(take)),
             }
         })
     }
@@ -818,3 +820,6 @@ fn log_walk(walked: &Walked, response: Result<u64, Refusal>) {
         );
     }
 }
+
+#[cfg(test)]
+mod walk_tests;

@@ -103,6 +103,11 @@ fn of_entry(errno: Errno, entry: usize) -> Refusal {
     }
 }
 
+/// The thread, as it is by default.
+pub(super) fn thread() -> thread::Builder {
+    thread::Builder::new().name("walker".into())
+}
+
 /// Does a walk: all of it that takes time.
 ///
 /// # Errors
@@ -186,11 +191,13 @@ fn has(memory: &GuestMemoryMmap, pages: GfnRange) -> bool {
 pub(super) type Take = dyn Fn(u64, Ended) + Send + Sync;
 /// Does a walk.
 pub(super) type Work = dyn Fn(&Job) -> Ended + Send + Sync;
+/// Says what the thread is to be like.
+pub(super) type Thread = dyn Fn() -> thread::Builder + Send + Sync;
 
 /// The thread, which is made when there is a first walk.
 pub(super) struct Walker {
     shared: Arc<Shared>,
-    builder: fn() -> thread::Builder,
+    thread: Box<Thread>,
 }
 
 struct Shared {
@@ -209,9 +216,9 @@ struct Slot {
 }
 
 impl Walker {
-    /// One whose walks are done by `work`. `take` is called with each walk's number and what it came
+    /// One whose walks are done by `work` on a `thread`. `take` is called with each walk's number and what it came
     /// to, by the thread, with no lock held.
-    pub(super) fn new(work: Box<Work>, take: Box<Take>) -> Self {
+    pub(super) fn new(thread: Box<Thread>, work: Box<Work>, take: Box<Take>) -> Self {
         Self {
             shared: Arc::new(Shared {
                 slot: Mutex::default(),
@@ -219,7 +226,7 @@ impl Walker {
                 work,
                 take,
             }),
-            builder: || thread::Builder::new().name("walker".into()),
+            thread,
         }
     }
 
@@ -233,7 +240,7 @@ impl Walker {
         let mut slot = self.shared.lock();
         if !slot.runs {
             let shared = Arc::clone(&self.shared);
-            (self.builder)().spawn(move || shared.run())?;
+            (self.thread)().spawn(move || shared.run())?;
             slot.runs = true;
         }
         slot.next = Some(job);
