@@ -656,10 +656,11 @@ fn a_queue_that_stops_gives_its_request_back_and_it_is_answered_once() {
 
 #[test]
 fn a_device_reset_drops_what_waits() {
+    use vhost::VhostBackend;
     use vhost::vhost_user::VhostUserFrontend;
 
     let mut s = mapped();
-    s.walk(&all(), 0);
+    let head = s.walk(&all(), 0);
     let protect = s.vm_guard.protect();
     s.front_end.frontend.reset_device().unwrap();
     s.vm_guard.done(protect.seq, 3);
@@ -667,6 +668,26 @@ fn a_device_reset_drops_what_waits() {
         (s.front_end.config().ranges_in_force() == 3).then_some(())
     });
     assert_eq!(s.guest.used_idx(2), 0, "the driver that asked is gone");
+    // A ring that is only enabled again has what was not answered, asked by a driver that has
+    // negotiated less.
+    let features = s.front_end.features | 1 << 30;
+    let less = features & !F_KERNEL;
+    s.front_end.frontend.set_features(less).unwrap();
+    s.front_end.frontend.set_vring_enable(2, true).unwrap();
+    let answer = s.guest.walk_answer(head);
+    assert_eq!(answer, Answer::nothing_but(EOPNOTSUPP, NO_INDEX));
+    // The next driver begins with an empty ring.
+    s.front_end.stop(2);
+    s.guest.write(s.guest.used_at(2) + 2, 0u16);
+    s.guest.queues[2].used = 0;
+    s.guest.queues[2].avail = 0;
+    s.guest.write_avail_idx(2, 0);
+    s.front_end.frontend.set_features(features).unwrap();
+    s.front_end.start(2, &s.guest, 0);
+    let answer = s.ask_walk(&all().flags(F_DRY_RUN | F_LOCK).policy(0, 1), 1);
+    assert_eq!((answer.status, answer.told.len()), (0, 1));
+    assert_eq!(s.guest.used_idx(2), 1);
+    assert_eq!(s.front_end.config().ranges_in_force(), 3);
 }
 
 #[test]
