@@ -17,11 +17,11 @@ mod kernel_wire;
 mod msr_wire;
 mod ring;
 mod vm_events;
+mod walk;
 mod walker;
 pub mod wire;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -33,21 +33,19 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
 use crate::msr_policy::PolicyFile;
-use crate::protect::{Demand, Deny, Table};
+use crate::protect::Deny;
 use crate::report::{Counters, Ram, Seen, Snapshot, Witness};
 use crate::vm::enforcer::{Enforcer, Outcome, VmInfo};
 use control::{Known, Requests};
 use events::Events;
 use in_force::{Change, InForce, describe};
 use ring::{Left, Ring};
-use walker::{Ended, Job, Take, Walked, Walker};
-use wire::{Config, Errno, Lane, Limits, MAX_REQUEST_RANGES, Refusal, Rights};
+use walk::Progress;
+use walker::{Ended, Take, Walker};
+use wire::{Config, Errno, Lane, Limits, MAX_REQUEST_RANGES, Rights};
 
 static CHANGED: LogLimit = LogLimit::new(10);
 static REFUSED: LogLimit = LogLimit::new(10);
-static WALKED: LogLimit = LogLimit::new(10);
-static WRITE_EXEC: LogLimit = LogLimit::new(5);
-static NO_WALK: LogLimit = LogLimit::new(5);
 
 /// Queue 0.
 const CONTROL: u32 = 0;
@@ -115,27 +113,6 @@ enum Link {
 struct Served {
     requests: Requests,
     start: Start,
-}
-
-/// How far the oldest request of the queue "walk" has come.
-#[derive(Debug, Default)]
-enum Progress {
-    /// There is none, or page tables are not looked at yet.
-    #[default]
-    Waits,
-    /// They are being read.
-    Walks(Walk),
-    /// They were, and what they say is to be set as soon as it is known what holds now.
-    Walked(Box<Walked>),
-}
-
-/// A walk that goes on.
-#[derive(Debug)]
-struct Walk {
-    id: u64,
-    cancelled: Arc<AtomicBool>,
-    /// What may not be read, as far as it knows.
-    hidden: Arc<Table>,
 }
 
 /// How far a ring's start has come. The VM's owner has told of a reset before it let the
@@ -551,127 +528,6 @@ impl State {
         true
     }
 
-    /// Begins to read page tables for the oldest request that wants it, unless it has begun.
-    fn start_walk(&mut self, walker: &Walker) {
-        let (Progress::Waits, Some(request)) = (&self.walked, self.walk.requests.kernel()) else {
-            return;
-        };
-        let Some(front_end) = &self.front_end else {
-            return;
-        };
-        let (request, memory) = (Arc::clone(request), front_end.memory.memory().into_inner());
-        let walk = Walk {
-            id: self.next_seq(),
-            cancelled: Arc::default(),
-            hidden: Arc::new(self.in_force.hidden()),
-        };
-        let job = Job {
-            id: walk.id,
-            request,
-            memory,
-            hidden: Arc::clone(&walk.hidden),
-            cancelled: Arc::clone(&walk.cancelled),
-        };
-        match walker.start(job) {
-            Ok(()) => self.walked = Progress::Walks(walk),
-            Err(e) => {
-                log_limited!(NO_WALK, Error, "no thread that could read page tables: {e}");
-                self.finish_walk(Err(Errno::Eio.into()));
-            }
-        }
-    }
-
-    /// Ends a walk that goes on, and forgets what one has found.
-    fn forget_walk(&mut self) {
-        if let Progress::Walks(walk) = std::mem::take(&mut self.walked) {
-            walk.cancelled.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Something else may not be read now: a walk that goes on has to begin anew.
-    fn check_hidden(&mut self) {
-        if let Progress::Walks(walk) = &self.walked
-            && *walk.hidden != self.in_force.hidden()
-        {
-            self.forget_walk();
-        }
-    }
-
-    fn take_walked(&mut self, ended: Ended) {
-        match ended {
-            Ok(walked) => self.walked = Progress::Walked(Box::new(walked)),
-            Err(refusal) => self.finish_walk(Err(refusal)),
-        }
-    }
-
-    /// Deals with what page tables were found to say, if that is known.
-    fn send_walked(&mut self, enforcer: &dyn Enforcer) -> bool {
-        let (Progress::Walked(walked), Some(request)) = (&self.walked, self.walk.requests.kernel())
-        else {
-            return false;
-        };
-        let most = self.limits().max_request_ranges;
-        let planned = match walked.order(request, &self.in_force.pages, most) {
-            Ok(Some(planned)) => planned,
-            Ok(None) => {
-                self.finish_walk(Ok(self.generation()));
-                return true;
-            }
-            Err(refusal) => {
-                self.finish_walk(Err(refusal));
-                return true;
-            }
-        };
-        let origins = planned.origins;
-        let demand = Demand::Pages(planned.order);
-        match self.in_force.plan(&demand) {
-            Ok(change) if self.in_force.holds(&change) => {
-                self.finish_walk(Ok(self.generation()));
-            }
-            Ok(change) => {
-                self.last_seq += 1;
-                enforcer.carry_out(self.last_seq, self.generation(), &demand);
-                self.under_way = Some(UnderWay {
-                    seq: self.last_seq,
-                    lane: Lane::Walk,
-                    origins,
-                    change: Some(change),
-                    what: format!("PROTECT_KERNEL: {}", describe(&demand)),
-                    orphaned: false,
-                });
-            }
-            Err(unplanned) => {
-                let refusal = Refusal::from(unplanned);
-                self.finish_walk(Err(from_order(refusal, &origins)));
-            }
-        }
-        true
-    }
-
-    /// Answers the oldest request of the queue "walk"; it is given back at the worker's next turn.
-    fn finish_walk(&mut self, response: Result<u64, Refusal>) {
-        let report = match std::mem::take(&mut self.walked) {
-            Progress::Walked(walked) => {
-                log_walk(&walked, response);
-                Some(walked.report)
-            }
-            Progress::Waits | Progress::Walks(_) => {
-                if let Err(Refusal { errno, index }) = response {
-                    let index = index.map_or("none".into(), |i| i.to_string());
-                    log_limited!(
-                        WALKED,
-                        Info,
-                        "PROTECT_KERNEL refused: errno={} index={index}",
-                        errno as u32
-                    );
-                }
-                None
-            }
-        };
-        self.walk.requests.finish(response, report);
-        self.again();
-    }
-
     fn stop_lane(&mut self, lane: Lane) {
         let oldest = self.lane(lane).requests.give_up();
         if self.under_way.as_ref().is_some_and(|u| u.lane == lane) {
@@ -768,56 +624,6 @@ fn queue_of(lane: Lane) -> u32 {
     match lane {
         Lane::Control => CONTROL,
         Lane::Walk => WALK,
-    }
-}
-
-/// A refusal of an order, told of the request that it comes from.
-fn from_order(refusal: Refusal, origins: &[usize]) -> Refusal {
-    let origin = |index: u32| u32::try_from(*origins.get(index as usize)?).ok();
-    Refusal {
-        index: refusal.index.and_then(origin),
-        ..refusal
-    }
-}
-
-fn log_walk(walked: &Walked, response: Result<u64, Refusal>) {
-    let outcome = match response {
-        Ok(_) => "OK".into(),
-        Err(Refusal { errno, index: None }) => format!("errno={}", errno as u32),
-        Err(Refusal {
-            errno,
-            index: Some(index),
-        }) => format!("errno={} index={index}", errno as u32),
-    };
-    let report = &walked.report;
-    log_limited!(
-        WALKED,
-        Info,
-        "PROTECT_KERNEL: {outcome}; read tables={} mappings={} reserved={} outside={} in {:.1} ms; \
-         pages={} given={} unmapped={} not_written={} not_executed={} write_exec={} elsewhere={} \
-         ranges={}",
-        report.tables,
-        report.mappings,
-        report.reserved,
-        report.outside,
-        walked.time.as_secs_f64() * 1e3,
-        report.pages,
-        report.given,
-        report.unmapped,
-        report.not_written,
-        report.not_executed,
-        report.write_exec,
-        report.elsewhere,
-        report.ranges
-    );
-    if let Some(first) = walked.write_exec {
-        log_limited!(
-            WRITE_EXEC,
-            Warn,
-            "PROTECT_KERNEL: {} pages are written and executed in supervisor mode, the first at \
-             frames {first}",
-            report.write_exec
-        );
     }
 }
 

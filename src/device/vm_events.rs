@@ -9,8 +9,9 @@ use jiff::Timestamp;
 
 use super::control::response_of;
 use super::in_force::InForce;
+use super::walk::from_order;
 use super::wire::{Errno, Lane};
-use super::{Device, Link, REMEMBERED, from_order};
+use super::{Device, Link, REMEMBERED};
 use crate::log_limit::{LogLimit, log_limited};
 use crate::report::Seen;
 use crate::vm::enforcer::{

@@ -3,7 +3,7 @@
 //! What happens while page tables are read. A gate holds each walk until the test lets it go, so that
 //! nothing here depends on how long one takes.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
@@ -11,10 +11,10 @@ use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
-use super::walker::Work;
+use super::walker::{Job, Work};
 use super::wire::{MAX_QUEUE_SIZE, QUEUE_SIZE};
 use super::*;
-use crate::protect::{Attributes, GfnRange, Order, Protection};
+use crate::protect::{Attributes, Demand, GfnRange, Order, Protection};
 use crate::vm::enforcer::{Accelerator, InForce as Told, MsrInfo, Policy, VmEvents};
 
 const RAM: usize = 4 << 20;

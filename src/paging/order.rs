@@ -53,10 +53,9 @@ impl Plan {
         }
         let mut pieces: Vec<Piece> = self.given().collect();
         for held in table.iter() {
-            let to_free = |piece: &Piece| piece.attributes.is_free();
             self.each_within(held.range, |piece| {
-                if to_free(&piece) && pieces.len() <= most {
-                    pieces.push(piece);
+                if piece.attributes.is_free() && pieces.len() <= most {
+                    free(&mut pieces, piece);
                 }
             });
         }
@@ -82,6 +81,18 @@ impl Plan {
             });
         }
         first
+    }
+}
+
+/// Adds a piece that is to be freed, to the one before it if they touch.
+fn free(pieces: &mut Vec<Piece>, piece: Piece) {
+    if let Some(last) = pieces.last_mut()
+        && (last.attributes, last.entry) == (piece.attributes, piece.entry)
+        && let Some(joined) = last.range.followed_by(piece.range)
+    {
+        last.range = joined;
+    } else {
+        pieces.push(piece);
     }
 }
 

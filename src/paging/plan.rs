@@ -299,10 +299,9 @@ fn each_part(
 
 fn tell(told: &mut Vec<GfnRange>, range: GfnRange) {
     let full = told.len() == TOLD_MAX;
-    match told.last_mut() {
-        Some(last) if end_of(*last) == range.start().number() => {
-            *last = pages(last.start().number(), end_of(range)).expect("ranges ascend");
-        }
+    let joined = told.last().and_then(|last| last.followed_by(range));
+    match (joined, told.last_mut()) {
+        (Some(joined), Some(last)) => *last = joined,
         _ if full => {}
         _ => told.push(range),
     }

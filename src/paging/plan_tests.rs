@@ -342,6 +342,17 @@ proptest! {
             }
         }
         prop_assert_eq!(bits_of(&protect.order), expected);
+        let freed: Vec<_> = protect
+            .order
+            .entries()
+            .iter()
+            .zip(&protect.origins)
+            .filter(|(entry, _)| entry.attributes.is_free())
+            .collect();
+        for pair in freed.windows(2) {
+            let touch = pair[0].0.range.followed_by(pair[1].0.range).is_some();
+            prop_assert!(!(touch && pair[0].1 == pair[1].1), "not joined: {:?}", pair);
+        }
         let loosened = gets.iter().filter(|&(&page, &bits)| {
             let held = now(page);
             held.is_immutable() && held.is_loosened_by(Attributes::from_bits(bits).unwrap())

@@ -87,6 +87,14 @@ impl GfnRange {
         self.end
     }
 
+    /// This range and `next`, if that begins where this ends.
+    pub fn followed_by(self, next: Self) -> Option<Self> {
+        (self.end.0 + 1 == next.start.0).then_some(Self {
+            start: self.start,
+            end: next.end,
+        })
+    }
+
     /// How many frames: at least 1, at most 2^52.
     pub fn pages(self) -> u64 {
         self.end.0 - self.start.0 + 1
