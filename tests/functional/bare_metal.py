@@ -122,6 +122,15 @@ class BareMetal(BareMetalTest):
         """With two CPUs TCG makes atomic operations of them."""
         self.check("watch", smp=2, deadline=180)
 
+    def test_kernel_lock(self):
+        self.check("kernel-lock")
+
+    def test_kernel_self(self):
+        self.check("kernel-self")
+
+    def test_kernel_protect(self):
+        self.check("kernel-protect")
+
     def test_atomic(self):
         self.check("atomic", deadline=120)
 
@@ -162,6 +171,21 @@ class Inject(BareMetal):
 
     def test_lock_unemulated(self):
         self.check("lock-unemulated")
+
+    def test_kernel_dry_run(self):
+        self.check("kernel-dry-run")
+
+    def test_kernel_policy(self):
+        self.check("kernel-policy")
+
+    def test_kernel_errors(self):
+        self.check("kernel-errors")
+
+    def test_kernel_meanwhile(self):
+        self.check("kernel-meanwhile")
+
+    def test_kernel_reset(self):
+        self.check("kernel-reset", deadline=120)
 
 
 class PageFault(BareMetal):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Malformed traffic on the control channel, from either side.
+"""Malformed traffic on the control channel, from either side, and page tables
+that are none.
 
 What must be so whatever arrives: the process that reads it lives and logs one
 line, the VM runs on, and what is locked stays locked.
@@ -13,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
-from harness.case import GuardTest  # noqa: E402
+from harness.case import BareMetalTest, GuardTest  # noqa: E402
 from harness.control import (  # noqa: E402
     ALL_BITS, C_HELLO, DEFAULT_ALLOW, DEFAULT_DENY, DENY_MSR, EMULATE,
     GET_STATE, HELLO, HELLO_SIZE, IMMUTABLE, IMMUTABLE_MSR, LOG, MAGIC,
@@ -372,3 +373,13 @@ class Hostile(GuardTest):
         self.assertEqual(control.state(), before,
                          "a refused request changed it")
         self.assertEqual(vm.ask("w", r"(HELD|LOST)").group(1), "HELD")
+
+
+class PageTables(BareMetalTest):
+    """
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    def test_hostile_page_tables(self):
+        """The other vCPU changes some of them while they are read."""
+        self.check("kernel-hostile", smp=2, deadline=120)

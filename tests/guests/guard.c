@@ -31,6 +31,8 @@ void guard_start(u64 features, bool events, void *control_used, void *events_use
 		fail("FEATURES_OK refused for 0x%lx", guard.dev.features);
 	vq_setup(&guard.control, &guard.dev, 0, control_used);
 	vq_setup(&guard.events, &guard.dev, 1, events_used);
+	if (guard.dev.features & F_KERNEL)
+		vq_setup(&guard.walk, &guard.dev, 2, NULL);
 	vdev_ok(&guard.dev);
 	if (events)
 		post_events(EVENT_BUFFERS);

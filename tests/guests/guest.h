@@ -199,7 +199,8 @@ bool vq_wait(struct vq *q, u32 *head, u32 *len, u64 timeout_ns);
 #define F_NOEXEC_KERNEL	8ull
 #define F_AUDIT		16ull
 #define F_MSR		32ull
-#define F_GUARD		0x3full
+#define F_KERNEL	64ull
+#define F_GUARD		0x7full
 #define NOWRITE		1ull
 #define NOEXEC		2ull
 #define NOREAD		4ull
@@ -207,14 +208,15 @@ bool vq_wait(struct vq *q, u32 *head, u32 *len, u64 timeout_ns);
 #define DENY_ALL	15ull
 #define AUDIT(deny)	((deny) << 8)
 #define IMMUTABLE	(1ull << 63)
-enum { LOCK = 1, PROTECT, SEAL, QUERY, MSR_LOCK, MSR_PROTECT, MSR_BITMAP, MSR_QUERY };
+enum { LOCK = 1, PROTECT, SEAL, QUERY, MSR_LOCK, MSR_PROTECT, MSR_BITMAP, MSR_QUERY, PROTECT_KERNEL };
 enum { A_WRITE = 1, A_FETCH, A_READ };
 enum { ACT_INJECT = 1, ACT_DROP, ACT_PAUSE, ACT_SHUTDOWN, ACT_AUDIT };
 #define NO_INDEX	0xffffffffu
 #define MAX_REQ		4096u
 #define UNKNOWN		(~0ull)
 #define SOURCE_DMA	0xffffffffu
-enum { EPERM = 1, EIO = 5, E2BIG = 7, EFAULT = 14, EBUSY = 16, EINVAL = 22, ENOSPC = 28, EOPNOTSUPP = 95, ESTALE = 116 };
+enum { EPERM = 1, EIO = 5, E2BIG = 7, EACCES = 13, EFAULT = 14, EBUSY = 16, EINVAL = 22, ENOSPC = 28, EOVERFLOW = 75,
+       EOPNOTSUPP = 95, ESTALE = 116 };
 
 enum { M_ALLOW = 0, M_LOG = 1, M_PIN = 2, M_DENY = 4, M_EMULATE = 8 };	/* action */
 enum { M_READ = 1, M_WRITE, M_BOTH };					/* access */
@@ -234,7 +236,7 @@ struct config {
 _Static_assert(sizeof(struct event) == 64 && sizeof(struct config) == 80 && sizeof(struct msr_rule) == sizeof(struct range),
 	       "as in docs/device.md");
 
-struct guard { struct vdev dev; struct vq control, events; };
+struct guard { struct vdev dev; struct vq control, events, walk; };	/* walk: if F_KERNEL was negotiated */
 extern struct guard guard;
 extern u64 reply_ns;			/* how long an answer may take */
 
@@ -260,6 +262,45 @@ void post_event(void *buffer, u32 len);
 void post_events(u32 n);
 bool next_event(struct event *e, u32 *used_len, u64 timeout_ns);
 bool next_event_on(const void *page, struct event *e, u64 timeout_ns);	/* drops events about other pages */
+
+/* kernel.c: PROTECT_KERNEL, and page tables to ask about */
+#define F_XD		(1ull << 63)
+enum { K_LOCK = 1, K_DRY_RUN };						/* flags */
+enum { U_LEAVE, U_REPORT, U_REFUSE, U_DENY };				/* unmapped; write_exec has the first three */
+enum { C_NXE = 1, C_WP = 2, C_SMEP = 4, C_SHADOW = 8, C_GIB = 16 };	/* control */
+#define T_WRITE_EXEC	1ull		/* attributes of what is told */
+#define T_UNMAPPED	2ull
+#define MAX_TOLD	4096u		/* of either */
+#define UPPER_HALF	0xffff800000000000ull
+
+struct kernel_request {
+	u16 type, flags; u32 count; u64 root, va_start, va_end; u8 levels, physical_bits, unmapped, write_exec; u32 control;
+	struct range ranges[];
+};
+struct kernel_response {
+	u32 status, index;
+	u64 value, pages, unmapped, not_written, not_executed, write_exec, given, elsewhere, ranges, mappings, reserved, outside, tables,
+	    told;
+	struct range ranges_told[];
+};
+_Static_assert(sizeof(struct kernel_request) == 40 && sizeof(struct kernel_response) == 120, "as in docs/device.md");
+
+void kernel_open(void);			/* guard_open(); ends the test with SKIP without F_KERNEL, turns on EFER.NXE */
+u64 kernel_deny(void);			/* what of NOWRITE and NOEXEC_KERNEL the host has */
+u64 loaded_root(void);			/* CR3 */
+struct kernel_request *kernel_buffer(void);	/* room for MAX_REQ + 1 entries */
+/* A request in that buffer without entries, as this CPU is now, 4 levels, no flags, everything left that is in question. */
+struct kernel_request *kernel_begin(u64 root, u64 va_start, u64 va_end);
+void kernel_entry(u64 first, u64 last, u64 attr);	/* one more, frames */
+u32 kernel_bytes(void);			/* the request's length */
+u32 walk_add(const struct sg *sg, u32 n);	/* the head; without notification */
+u32 walk_send_sg(const struct sg *sg, u32 n);	/* and waits: the used length */
+const struct kernel_response *kernel_ask(u32 room);	/* room for so many told ranges, up to 2 * MAX_TOLD */
+u64 *new_table(void);
+/* Puts `entry` in the table of `level` for this address; tables on the way that are missing are made, with all rights. */
+void put_entry(u64 *root, u32 levels, u64 va, u32 level, u64 entry);
+u64 *slow_tables(u32 n);		/* so many tables of level 1, which take long to add up */
+void kernel_alive(const char *what);	/* both queues answer as they should */
 
 /* attack.c */
 typedef u64 op_fn(void *address, u64 value, const void *source);
@@ -337,5 +378,7 @@ void t_hold(void), t_bench(void);
 void t_msr_actions(void), t_msr_pin(void), t_msr_kept(void), t_msr_checks(void), t_msr_race(void), t_msr_toggle(void);
 void t_msr_errors(void), t_msr_protect(void), t_msr_query(void), t_msr_bitmap(void), t_msr_nospc(void), t_msr_many(void);
 void t_msr_hold(void), t_bench_msr(void);
+void t_kernel_lock(void), t_kernel_self(void), t_kernel_dry_run(void), t_kernel_protect(void), t_kernel_policy(void),
+	t_kernel_errors(void), t_kernel_hostile(void), t_kernel_meanwhile(void), t_kernel_reset(void), t_kernel_hold(void), t_kernel_model(void);
 
 #endif

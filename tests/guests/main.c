@@ -67,6 +67,17 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "msr-nospc", t_msr_nospc, "until ENOSPC: ranges, pins, KVM's filter" },
 	{ "msr-many", t_msr_many, "n= rules, default 4096, in one request" },
 	{ "msr-hold", t_msr_hold, "obeys the serial line, a line at a time" },
+	{ "kernel-lock", t_kernel_lock, "PROTECT_KERNEL of each kind of mapping: what is denied, and what is not" },
+	{ "kernel-self", t_kernel_self, "this program locks all of itself by the page tables that it runs on" },
+	{ "kernel-dry-run", t_kernel_dry_run, "the same answer, and nothing set; 5 levels" },
+	{ "kernel-protect", t_kernel_protect, "mappings change, and what they need is asked for again" },
+	{ "kernel-policy", t_kernel_policy, "pages without mapping, and those written and executed: leave, report, refuse, deny" },
+	{ "kernel-errors", t_kernel_errors, "each error of PROTECT_KERNEL, a line per case" },
+	{ "kernel-hostile", t_kernel_hostile, "page tables that are none; with -smp 2 also some that change meanwhile" },
+	{ "kernel-meanwhile", t_kernel_meanwhile, "control requests are answered during a walk" },
+	{ "kernel-reset", t_kernel_reset, "resets of the virtio device during walks" },
+	{ "kernel-model", t_kernel_model, "cases with answers, loaded at 128 MiB; waits for a byte on the serial line at the end" },
+	{ "kernel-hold", t_kernel_hold, "obeys the serial line: b c q; burst= walks of tables= tables" },
 	{ "hold", t_hold, "obeys the serial line: w l b c r q; burst= requests" },
 	{ "bench-msr", t_bench_msr, "what rules for MSRs cost" },
 	{ "bench", t_bench, "latency of lock requests; n= ranges only, runs=" },
@@ -241,6 +252,7 @@ void t_probe(void)
 	check(c.reserved == 0, "reserved field 0x%x", c.reserved);
 	check(!(guard.dev.offered & F_MSR) == !c.max_msr_ranges, "features 0x%lx, and %u ranges of MSRs", guard.dev.offered,
 	      c.max_msr_ranges);
+	check(guard.dev.offered & F_KERNEL, "F_KERNEL is not offered");
 	check(c.msr_ranges_in_force == 0, "%u ranges of MSRs in force at boot", c.msr_ranges_in_force);
 	if (accel == ACCEL_TCG)
 		check(guard.dev.offered & F_MSR, "F_MSR is not offered");
