@@ -4,7 +4,8 @@ system reset, and a new QEMU.
 
 The bare-metal guest's `hold` test obeys bytes on its serial line (tests/guests
 README): w attacks the held page, l locks one more, b sends a burst of
-requests, c prints the configuration space, q ends.
+requests, c prints the configuration space, q ends. The burst of `kernel-hold`
+is one of page table walks.
 """
 
 import os
@@ -17,6 +18,9 @@ from harness.machine import PASS  # noqa: E402
 
 LOCKED = r"LOCKED gpa=0x\w+ generation=(?P<generation>\d+) ranges=(?P<ranges>\d+)"
 CONFIG = r"CONFIG generation=(?P<generation>\d+) ranges=(?P<ranges>\d+)"
+READY = r"READY generation=(?P<generation>\d+) "
+WALKS = (r"WALKS ok=(?P<ok>\d+) dup=(?P<dup>\d+) missing=(?P<missing>\d+) "
+         r"other=(?P<other>\d+) unlocked=(?P<unlocked>\d+)")
 BURST = (r"BURST ok=(?P<ok>\d+) dup=(?P<dup>\d+) missing=(?P<missing>\d+) "
          r"other=(?P<other>\d+) unlocked=(?P<unlocked>\d+)")
 
@@ -169,4 +173,78 @@ class Lifecycle(GuardTest):
         vm.ask("r", r"RESET done")
         self.attack(vm)
         self.assert_matches(vm.ask("c", CONFIG), ranges=1)
+        self.finish(vm)
+
+
+class Walks(GuardTest):
+    """The same for requests that take long, and are not begun on the control
+    channel.
+
+    :avocado: tags=tcg,kvm,lab
+    """
+
+    #: How many wait at once; each is for a page of its own.
+    burst = 16
+
+    def hold(self, companion):
+        """A VM whose guest waits for what to do."""
+        vm = self.bare_metal("kernel-hold", companion, [f"burst={self.burst}"])
+        self.generation = int(vm.expect(READY).group("generation"))
+        return vm
+
+    def begin(self, vm):
+        """Walks are on their way."""
+        vm.ask("b", r"WALKS sent n=\d+")
+
+    def answered(self, vm):
+        """Each of them once, and its page is locked."""
+        self.assert_matches(vm.expect(WALKS, 120), ok=self.burst, dup=0,
+                            missing=0, other=0, unlocked=0)
+
+    def finish(self, vm):
+        """The guest has nothing to complain about."""
+        vm.type("q")
+        self.assertEqual(vm.wait(), PASS, vm.console.tail())
+
+    def test_kill_during_walks(self):
+        """The next companion begins them anew."""
+        companion = self.companion()
+        vm = self.hold(companion)
+        for _ in range(4):
+            self.begin(vm)
+            companion.kill()
+            companion.start()
+            self.answered(vm)
+        self.finish(vm)
+
+    def test_stop_and_cont_during_walks(self):
+        companion = self.companion()
+        vm = self.hold(companion)
+        for kill in (False, False, True):
+            self.begin(vm)
+            vm.qmp.command("stop")
+            self.assertEqual(vm.status(), "paused")
+            if kill:
+                companion.kill()
+                companion.start()
+            vm.qmp.command("cont")
+            self.answered(vm)
+        self.finish(vm)
+
+    def test_system_reset_during_walks(self):
+        """They end; what they were for is not locked in what comes after."""
+        companion = self.companion()
+        vm = self.hold(companion)
+        for _ in range(3):
+            before = self.generation
+            self.begin(vm)
+            vm.qmp.command("system_reset")
+            self.generation = int(vm.expect(READY, 60).group("generation"))
+            self.assertGreater(self.generation, before)
+            match = vm.ask("c", r"CONFIG generation=(?P<generation>\d+) "
+                           r"ranges=(?P<ranges>\d+)")
+            self.assert_matches(match, generation=self.generation, ranges=0)
+        self.begin(vm)
+        self.answered(vm)
+        self.assertTrue(companion.alive())
         self.finish(vm)
