@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `cargo +nightly fuzz run paging`, from the top of the tree.
+//! See README.md beside this directory.
 
 #![no_main]
 
