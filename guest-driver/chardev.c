@@ -28,6 +28,7 @@ static_assert(sizeof(struct guard_info) == 80);
 static_assert(sizeof(struct guard_msr) == sizeof(struct guard_range));
 static_assert(sizeof(struct guard_msr_bitmap) == 32);
 static_assert(sizeof(struct guard_msr_query) == 32);
+static_assert(sizeof(struct guard_kernel) == 152);
 
 /*
  * The four calls that take a struct guard_lock differ in what is asked for: one
@@ -166,6 +167,68 @@ static long guard_ioctl_query(struct guard_query __user *arg)
 	return err;
 }
 
+static long guard_ioctl_kernel_ask(const struct guard_kernel *req,
+				   struct virtio_guard_kernel *kernel)
+{
+	struct guard_range *ranges;
+	struct guard_info info;
+	long err;
+
+	err = guard_read_info(&info);
+	if (err)
+		return err;
+	if (req->reserved ||
+	    (!req->count && !(req->flags & VIRTIO_GUARD_KERNEL_DRY_RUN)))
+		return -EINVAL;
+	if (req->count > info.max_request_ranges)
+		return -E2BIG;
+	if (!req->count)
+		return guard_walk_ram(kernel);
+
+	ranges = vmemdup_user(u64_to_user_ptr(req->ranges),
+			      req->count * sizeof(*ranges));
+	if (IS_ERR(ranges))
+		return PTR_ERR(ranges);
+	kernel->ranges = ranges;
+	kernel->count = req->count;
+	err = virtio_guard_protect_kernel(kernel);
+	kvfree(ranges);
+	return err;
+}
+
+static long guard_ioctl_kernel(struct guard_kernel __user *arg)
+{
+	struct virtio_guard_kernel kernel = {
+		.index = VIRTIO_GUARD_NO_INDEX,
+	};
+	struct guard_kernel req;
+	long err;
+
+	if (copy_from_user(&req, arg, sizeof(req)))
+		return -EFAULT;
+
+	kernel.flags = req.flags;
+	kernel.unmapped = req.unmapped;
+	kernel.write_exec = req.write_exec;
+	kernel.room = min_t(u32, req.told_count, 2 * VIRTIO_GUARD_TOLD_MAX);
+	kernel.told = kvmalloc_array(kernel.room, sizeof(*kernel.told),
+				     GFP_KERNEL);
+	if (!kernel.told)
+		return -ENOMEM;
+	err = guard_ioctl_kernel_ask(&req, &kernel);
+
+	req.told_count = kernel.told_count;
+	req.index = kernel.index;
+	req.generation = kernel.generation;
+	req.counts = kernel.counts;
+	if (copy_to_user(u64_to_user_ptr(req.told), kernel.told,
+			 kernel.told_count * sizeof(*kernel.told)) ||
+	    copy_to_user(arg, &req, sizeof(req)))
+		err = -EFAULT;
+	kvfree(kernel.told);
+	return err;
+}
+
 static long guard_ioctl_info(struct guard_info __user *arg)
 {
 	struct guard_info info;
@@ -201,6 +264,8 @@ static long guard_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return guard_ioctl_msr_bitmap(at);
 	case GUARD_IOC_MSR_QUERY:
 		return guard_ioctl_msr_query(at);
+	case GUARD_IOC_KERNEL:
+		return guard_ioctl_kernel(at);
 	case GUARD_IOC_INFO:
 		return guard_ioctl_info(at);
 	default:

@@ -2,7 +2,7 @@
 /*
  * The virtio device: its coming and going, its configuration.
  *
- * Both queues are only touched in process context under guard->lock; their
+ * The queues are only touched in process context under guard->lock; their
  * interrupts do no more than queue work.
  */
 #include "guard.h"
@@ -144,11 +144,11 @@ int guard_read_info(struct guard_info *info)
 
 /* The device comes and goes */
 
-static void guard_control_cb(struct virtqueue *vq)
+static void guard_answer_cb(struct virtqueue *vq)
 {
 	struct guard *guard = vq->vdev->priv;
 
-	schedule_work(&guard->control_work);
+	schedule_work(&guard->answer_work);
 }
 
 static void guard_event_cb(struct virtqueue *vq)
@@ -160,32 +160,42 @@ static void guard_event_cb(struct virtqueue *vq)
 
 static int guard_find_vqs(struct guard *guard)
 {
-	struct virtqueue *vqs[2];
+	/* The last one is there with the feature only. */
+	bool walk = virtio_has_feature(guard->vdev, VIRTIO_GUARD_F_KERNEL);
+	struct virtqueue *vqs[3] = {};
 	int err;
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
 	struct virtqueue_info info[] = {
-		{ "control", guard_control_cb },
+		{ "control", guard_answer_cb },
 		{ "events", guard_event_cb },
+		{ "walk", guard_answer_cb },
 	};
 
-	err = virtio_find_vqs(guard->vdev, 2, vqs, info, NULL);
+	err = virtio_find_vqs(guard->vdev, walk ? 3 : 2, vqs, info, NULL);
 #else
-	vq_callback_t *callbacks[] = { guard_control_cb, guard_event_cb };
-	static const char * const names[] = { "control", "events" };
+	vq_callback_t *callbacks[] = {
+		guard_answer_cb, guard_event_cb, guard_answer_cb
+	};
+	static const char * const names[] = { "control", "events", "walk" };
 
-	err = virtio_find_vqs(guard->vdev, 2, vqs, callbacks, names, NULL);
+	err = virtio_find_vqs(guard->vdev, walk ? 3 : 2, vqs, callbacks, names,
+			      NULL);
 #endif
 	if (err)
 		return err;
-	guard->control = vqs[0];
+	guard->queues[GUARD_QUEUE_CONTROL].vq = vqs[0];
 	guard->events = vqs[1];
+	guard->queues[GUARD_QUEUE_WALK].vq = vqs[2];
 	return 0;
 }
 
 static void guard_del_vqs(struct guard *guard)
 {
+	unsigned int i;
+
 	guard->vdev->config->del_vqs(guard->vdev);
-	guard->control = NULL;
+	for (i = 0; i < GUARD_QUEUES; i++)
+		guard->queues[i].vq = NULL;
 	guard->events = NULL;
 }
 
@@ -214,24 +224,30 @@ static void guard_start(struct guard *guard)
 	queue_work(system_long_wq, &guard->bootlock_work);
 }
 
+static void guard_detach(struct virtqueue *vq)
+{
+	if (vq)
+		while (virtqueue_detach_unused_buf(vq))
+			;
+}
+
 /* After this the device touches none of our memory; locks are not its memory. */
 static void guard_stop(struct guard *guard)
 {
+	unsigned int i;
+
 	mutex_lock(&guard->lock);
 	guard->live = false;
 	mutex_unlock(&guard->lock);
 
 	virtio_reset_device(guard->vdev);
-	cancel_work_sync(&guard->control_work);
+	cancel_work_sync(&guard->answer_work);
 	cancel_work_sync(&guard->event_work);
 
 	mutex_lock(&guard->lock);
-	if (guard->control) {
-		while (virtqueue_detach_unused_buf(guard->control))
-			;
-		while (virtqueue_detach_unused_buf(guard->events))
-			;
-	}
+	for (i = 0; i < GUARD_QUEUES; i++)
+		guard_detach(guard->queues[i].vq);
+	guard_detach(guard->events);
 	guard_requests_abort(guard);
 	mutex_unlock(&guard->lock);
 	wake_up_all(&guard->room);
@@ -263,6 +279,7 @@ static int guard_probe(struct virtio_device *vdev)
 {
 	struct guard_info info;
 	struct guard *guard;
+	unsigned int i;
 	int err;
 
 	guard = kzalloc(sizeof(*guard), GFP_KERNEL);
@@ -271,9 +288,10 @@ static int guard_probe(struct virtio_device *vdev)
 	kref_init(&guard->ref);
 	guard->vdev = vdev;
 	mutex_init(&guard->lock);
-	INIT_LIST_HEAD(&guard->requests);
+	for (i = 0; i < GUARD_QUEUES; i++)
+		INIT_LIST_HEAD(&guard->queues[i].requests);
 	init_waitqueue_head(&guard->room);
-	INIT_WORK(&guard->control_work, guard_control_work);
+	INIT_WORK(&guard->answer_work, guard_answer_work);
 	INIT_WORK(&guard->event_work, guard_event_work);
 	INIT_WORK(&guard->bootlock_work, guard_bootlock_work);
 	init_completion(&guard->bootlocked);
@@ -404,6 +422,7 @@ static const unsigned int guard_features[] = {
 	VIRTIO_GUARD_F_NOEXEC_KERNEL,
 	VIRTIO_GUARD_F_AUDIT,
 	VIRTIO_GUARD_F_MSR,
+	VIRTIO_GUARD_F_KERNEL,
 };
 
 static struct virtio_driver guard_driver = {

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * What the parts of virtio_guard.ko know of each other: the device's coming and
- * going (core.c), requests to it (request.c), events from it (event.c), what is
- * locked at boot (bootlock.c, msrlock.c), where the kernel's own pages are
- * (image.c), and /dev/guard (chardev.c).
+ * going (core.c), requests to it (request.c), what page tables the host reads
+ * (walk.c), events from it (event.c), what is locked at boot (bootlock.c,
+ * msrlock.c), where the kernel's own pages are (image.c), and
+ * /dev/guard (chardev.c).
  */
 #ifndef _GUARD_H
 #define _GUARD_H
@@ -23,6 +24,7 @@
 
 struct file;
 struct guard_listener;
+struct mm_struct;
 struct poll_table_struct;
 
 /* What the specification allows in one request, and in one answer. */
@@ -35,18 +37,39 @@ struct poll_table_struct;
 
 #define GUARD_EVENT_BUFS	32
 
+/* What follows from page tables. */
+#define GUARD_KERNEL_BITS	(VIRTIO_GUARD_NOWRITE | \
+				 VIRTIO_GUARD_NOEXEC_KERNEL)
+
+/* Queues of requests. */
+enum guard_queue_id {
+	GUARD_QUEUE_CONTROL,
+	/* For those that have page tables read, which takes its time. */
+	GUARD_QUEUE_WALK,
+	GUARD_QUEUES
+};
+
+/**
+ * struct guard_queue - a queue of requests
+ * @vq: NULL between freeze and restore, and where the host has no such queue
+ * @requests: &struct guard_request with the device
+ */
+struct guard_queue {
+	struct virtqueue *vq;
+	struct list_head requests;
+};
+
 /**
  * struct guard - the device
  * @ref: held by the driver and by each call that uses the device
  * @vdev: the virtio device; valid while @live
- * @lock: protects the queues, @live, @requests and @completed
+ * @lock: protects the queues, @live and @completed
  * @live: the queues may be used
- * @control: requests; NULL between freeze and restore
- * @events: violations; likewise
- * @requests: &struct guard_request with the device
+ * @queues: requests
+ * @events: violations; NULL between freeze and restore
  * @completed: grows when a request ends, for those who wait for @room
- * @room: woken when the control queue may have room again
- * @control_work: takes answers
+ * @room: woken when a queue of requests may have room again
+ * @answer_work: takes answers
  * @event_work: takes violations
  * @bootlock_work: locks what the module parameters name
  * @bootlocked: @bootlock_work has ended once
@@ -58,12 +81,11 @@ struct guard {
 	struct virtio_device *vdev;
 	struct mutex lock;
 	bool live;
-	struct virtqueue *control;
+	struct guard_queue queues[GUARD_QUEUES];
 	struct virtqueue *events;
-	struct list_head requests;
 	unsigned long completed;
 	wait_queue_head_t room;
-	struct work_struct control_work;
+	struct work_struct answer_work;
 	struct work_struct event_work;
 	struct work_struct bootlock_work;
 	struct completion bootlocked;
@@ -77,7 +99,7 @@ void guard_put(struct guard *guard);
 int guard_read_info(struct guard_info *info);
 
 /* request.c */
-void guard_control_work(struct work_struct *work);
+void guard_answer_work(struct work_struct *work);
 void guard_requests_abort(struct guard *guard);
 int guard_msr_bitmap(const void *bitmaps, size_t bytes, u32 count, u32 *index,
 		     u64 *generation);
@@ -92,6 +114,11 @@ ssize_t guard_listener_read(struct guard_listener *listener, char __user *buf,
 void guard_listeners_hang_up(void);
 __poll_t guard_listener_poll(struct guard_listener *listener,
 			     struct file *file, struct poll_table_struct *wait);
+
+/* walk.c */
+struct mm_struct *guard_walk_begin(struct virtio_guard_kernel_req *req);
+void guard_walk_end(struct mm_struct *mm);
+int guard_walk_ram(struct virtio_guard_kernel *kernel);
 
 /* bootlock.c */
 int guard_bootlock_parse(void);
@@ -110,6 +137,8 @@ ssize_t guard_msrlock_show(char *buf);
 int guard_find_text(struct guard_range *range);
 int guard_find_rodata(struct guard_range *range);
 int guard_find_idt(struct guard_range *range);
+int guard_find_ram(u64 attributes, struct guard_range *ranges, u32 room,
+		   u32 *count);
 bool guard_crash_kernel_reserved(void);
 
 /* chardev.c */

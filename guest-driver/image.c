@@ -215,6 +215,57 @@ int guard_find_idt(struct guard_range *range)
 	return 0;
 }
 
+/* As guard_find_resource(), of memory as the firmware has it. */
+static int guard_add_ram(const struct resource *parent, u64 attributes,
+			 struct guard_range *ranges, u32 room, u32 *count,
+			 int depth)
+{
+	const struct resource *res;
+	int err = 0;
+
+	for (res = parent->child; res && !err; res = res->sibling) {
+		u64 start = PHYS_PFN(PAGE_ALIGN(res->start));
+		u64 end = PHYS_PFN(res->end + 1);
+
+		if ((res->flags & IORESOURCE_SYSTEM_RAM) !=
+		    IORESOURCE_SYSTEM_RAM) {
+			if (depth)
+				err = guard_add_ram(res, attributes, ranges,
+						    room, count, depth - 1);
+			continue;
+		}
+		if (start >= end)
+			continue;
+		if (*count == room)
+			return -E2BIG;
+		ranges[*count].gfn_start = start;
+		ranges[*count].gfn_end = end - 1;
+		ranges[*count].attributes = attributes;
+		++*count;
+	}
+	return err;
+}
+
+/**
+ * guard_find_ram - all memory that is the kernel's
+ * @attributes: for the ranges
+ * @ranges: out: whole pages
+ * @room: of @ranges
+ * @count: out: how many these are
+ *
+ * Return: 0, or a negative errno.
+ */
+int guard_find_ram(u64 attributes, struct guard_range *ranges, u32 room,
+		   u32 *count)
+{
+	int err;
+
+	*count = 0;
+	err = guard_add_ram(&iomem_resource, attributes, ranges, room, count,
+			    GUARD_RESOURCE_DEPTH);
+	return err ?: *count ? 0 : -ENOENT;
+}
+
 /**
  * guard_crash_kernel_reserved - has this kernel set memory aside for kdump?
  *

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Requests, on the control queue, and the calls that make them.
+ * Requests, on the queues for them, and the calls that make them.
  *
  * A request belongs to two parties, who waits for it and the device; the
  * buffers live until both have let go, so a waiter that is killed leaves
@@ -26,8 +26,8 @@
 #define GUARD_ENTRY_LEN		sizeof(struct virtio_guard_range)
 
 /* No request is longer, and no answer: its header is larger. */
-#define GUARD_MAX_LEN		(sizeof(struct virtio_guard_resp) + \
-				 GUARD_MAX_RANGES * GUARD_ENTRY_LEN)
+#define GUARD_MAX_LEN		(sizeof(struct virtio_guard_kernel_resp) + \
+				 2 * VIRTIO_GUARD_TOLD_MAX * GUARD_ENTRY_LEN)
 #define GUARD_MAX_SG		DIV_ROUND_UP(GUARD_MAX_LEN, PAGE_SIZE)
 
 static_assert(sizeof(struct virtio_guard_req) == 8);
@@ -35,6 +35,14 @@ static_assert(sizeof(struct virtio_guard_range) == 24);
 static_assert(sizeof(struct virtio_guard_msr) == GUARD_ENTRY_LEN);
 static_assert(sizeof(struct virtio_guard_msr_bitmap) == 16);
 static_assert(sizeof(struct virtio_guard_resp) == 16);
+static_assert(sizeof(struct virtio_guard_kernel_req) == 40);
+static_assert(sizeof(struct virtio_guard_kernel_resp) == 120);
+/* Both kinds begin alike. */
+static_assert(offsetof(struct virtio_guard_kernel_req, count) ==
+	      offsetof(struct virtio_guard_req, count));
+static_assert(offsetof(struct virtio_guard_kernel_resp, value) ==
+	      offsetof(struct virtio_guard_resp, value));
+static_assert(GUARD_MAX_RANGES <= 2 * VIRTIO_GUARD_TOLD_MAX);
 
 /* EBUSY: an emulated device is at work there; 10 + 20 + ... + 320 ms. */
 #define GUARD_BUSY_RETRIES	6
@@ -51,6 +59,7 @@ static_assert(sizeof(struct virtio_guard_resp) == 16);
  * @msrs: the entries, of a type that is about MSRs
  * @bytes: what follows the header as it is, if not entries
  * @len: of @bytes
+ * @kernel: the header, of the type that has one of its own, but for what all have
  * @room: entries that the answer may have
  */
 struct guard_ask {
@@ -60,22 +69,25 @@ struct guard_ask {
 	const struct guard_msr *msrs;
 	const void *bytes;
 	size_t len;
+	const struct virtio_guard_kernel_req *kernel;
 	u32 room;
 };
 
 /**
  * struct guard_request - one request
- * @node: in guard.requests while the device has it
+ * @node: in guard_queue.requests while the device has it
  * @ref: held by who waits and by the device
  * @done: the device, or its end, has answered
  * @err: the answer; valid once @done, as all of the following
  * @index: the entry that @err is about
  * @value: type-specific
  * @answered: entries that follow the answer
+ * @queue: where it goes
  * @req: what the device reads, kvmalloc()ed
  * @req_len: its length
  * @resp: what the device writes, kvmalloc()ed
  * @resp_len: its length
+ * @head_len: of which are no entries
  */
 struct guard_request {
 	struct list_head node;
@@ -85,10 +97,12 @@ struct guard_request {
 	u32 index;
 	u64 value;
 	u32 answered;
+	enum guard_queue_id queue;
 	struct virtio_guard_req *req;
 	size_t req_len;
 	struct virtio_guard_resp *resp;
 	size_t resp_len;
+	size_t head_len;
 };
 
 static void guard_request_put(struct guard_request *r)
@@ -129,8 +143,11 @@ static void guard_put_msrs(struct virtio_guard_msr *to,
 
 static struct guard_request *guard_request_new(const struct guard_ask *ask)
 {
+	size_t head = ask->kernel ? sizeof(*ask->kernel) :
+				    sizeof(struct virtio_guard_req);
 	size_t len = ask->bytes ? ask->len : ask->count * GUARD_ENTRY_LEN;
 	struct guard_request *r;
+	void *entries;
 
 	r = kzalloc(sizeof(*r), GFP_KERNEL);
 	if (!r)
@@ -139,25 +156,32 @@ static struct guard_request *guard_request_new(const struct guard_ask *ask)
 	init_completion(&r->done);
 	r->index = VIRTIO_GUARD_NO_INDEX;
 
-	r->req_len = sizeof(*r->req) + len;
+	r->queue = ask->kernel ? GUARD_QUEUE_WALK : GUARD_QUEUE_CONTROL;
+	r->req_len = head + len;
 	r->req = kvmalloc(r->req_len, GFP_KERNEL);
 	/* Zeroed: the device may claim to have written what it did not. */
-	r->resp_len = sizeof(*r->resp) + ask->room * GUARD_ENTRY_LEN;
+	r->head_len = ask->kernel ? sizeof(struct virtio_guard_kernel_resp) :
+				    sizeof(*r->resp);
+	r->resp_len = r->head_len + ask->room * GUARD_ENTRY_LEN;
 	r->resp = kvzalloc(r->resp_len, GFP_KERNEL);
 	if (!r->req || !r->resp) {
 		guard_request_put(r);
 		return NULL;
 	}
 
-	r->req->type = cpu_to_le16(ask->type);
-	r->req->flags = 0;
-	r->req->count = cpu_to_le32(ask->count);
-	if (ask->bytes)
-		memcpy(r->req + 1, ask->bytes, len);
-	else if (ask->msrs)
-		guard_put_msrs((void *)(r->req + 1), ask->msrs, ask->count);
+	if (ask->kernel)
+		memcpy(r->req, ask->kernel, head);
 	else
-		guard_put_ranges((void *)(r->req + 1), ask->ranges, ask->count);
+		r->req->flags = 0;
+	r->req->type = cpu_to_le16(ask->type);
+	r->req->count = cpu_to_le32(ask->count);
+	entries = (void *)r->req + head;
+	if (ask->bytes)
+		memcpy(entries, ask->bytes, len);
+	else if (ask->msrs)
+		guard_put_msrs(entries, ask->msrs, ask->count);
+	else
+		guard_put_ranges(entries, ask->ranges, ask->count);
 	return r;
 }
 
@@ -198,35 +222,41 @@ static int guard_request_answer(struct guard_request *r, unsigned int len)
 {
 	u32 status;
 
-	if (len < sizeof(*r->resp) || len > r->resp_len)
+	if (len < r->head_len || len > r->resp_len)
 		return -EIO;
 	status = le32_to_cpu(READ_ONCE(r->resp->status));
 	r->index = le32_to_cpu(READ_ONCE(r->resp->index));
 	r->value = le64_to_cpu(READ_ONCE(r->resp->value));
-	r->answered = (len - sizeof(*r->resp)) / GUARD_ENTRY_LEN;
+	r->answered = (len - r->head_len) / GUARD_ENTRY_LEN;
 	return status <= MAX_ERRNO ? -(int)status : -EIO;
 }
 
-/**
- * guard_control_work - take the answers that are there
- * @work: guard.control_work
- */
-void guard_control_work(struct work_struct *work)
+static void guard_take_answers(struct guard *guard, struct virtqueue *vq)
 {
-	struct guard *guard = container_of(work, struct guard, control_work);
 	struct guard_request *r;
 	unsigned int len;
 
-	mutex_lock(&guard->lock);
-	while (guard->live) {
-		virtqueue_disable_cb(guard->control);
-		while ((r = virtqueue_get_buf(guard->control, &len)))
+	do {
+		virtqueue_disable_cb(vq);
+		while ((r = virtqueue_get_buf(vq, &len)))
 			guard_request_end(guard, r,
 					  guard_request_answer(r, len));
-		if (virtqueue_is_broken(guard->control) ||
-		    virtqueue_enable_cb(guard->control))
-			break;
-	}
+	} while (!virtqueue_is_broken(vq) && !virtqueue_enable_cb(vq));
+}
+
+/**
+ * guard_answer_work - take the answers that are there
+ * @work: guard.answer_work
+ */
+void guard_answer_work(struct work_struct *work)
+{
+	struct guard *guard = container_of(work, struct guard, answer_work);
+	unsigned int i;
+
+	mutex_lock(&guard->lock);
+	for (i = 0; guard->live && i < GUARD_QUEUES; i++)
+		if (guard->queues[i].vq)
+			guard_take_answers(guard, guard->queues[i].vq);
 	mutex_unlock(&guard->lock);
 	wake_up_all(&guard->room);
 }
@@ -238,17 +268,21 @@ void guard_control_work(struct work_struct *work)
 void guard_requests_abort(struct guard *guard)
 {
 	struct guard_request *r, *next;
+	unsigned int i;
 
 	lockdep_assert_held(&guard->lock);
 
-	list_for_each_entry_safe(r, next, &guard->requests, node)
-		guard_request_end(guard, r, -ENODEV);
+	for (i = 0; i < GUARD_QUEUES; i++)
+		list_for_each_entry_safe(r, next, &guard->queues[i].requests,
+					 node)
+			guard_request_end(guard, r, -ENODEV);
 	guard->completed++;
 }
 
 /* Give it to the device; waits for room in the queue. */
 static int guard_submit(struct guard *guard, struct guard_request *r)
 {
+	struct guard_queue *queue = &guard->queues[r->queue];
 	struct scatterlist *sgs[2], *out, *in;
 	unsigned long seen;
 	int err;
@@ -267,14 +301,16 @@ static int guard_submit(struct guard *guard, struct guard_request *r)
 		seen = guard->completed;
 		if (!guard->live)
 			err = -ENODEV;
+		else if (!queue->vq)
+			err = -EOPNOTSUPP;
 		else
-			err = virtqueue_add_sgs(guard->control, sgs, 1, 1, r,
+			err = virtqueue_add_sgs(queue->vq, sgs, 1, 1, r,
 						GFP_KERNEL);
 		if (!err) {
 			refcount_inc(&r->ref);
-			list_add_tail(&r->node, &guard->requests);
-			virtqueue_kick(guard->control);
-		} else if (err == -ENOSPC && list_empty(&guard->requests)) {
+			list_add_tail(&r->node, &queue->requests);
+			virtqueue_kick(queue->vq);
+		} else if (err == -ENOSPC && list_empty(&queue->requests)) {
 			/* The queue is empty and still too small. */
 			err = -EIO;
 		}
@@ -307,12 +343,11 @@ static int guard_wait(struct guard_request *r)
 }
 
 /*
- * The request, carried out and answered with 0, which the caller has to put;
- * or an error, and in @index what it is about.
+ * The request, carried out and answered, be it with an error (its err), which the
+ * caller has to put; or why there is no answer.
  */
 static struct guard_request *guard_ask_once(struct guard *guard,
-					    const struct guard_ask *ask,
-					    u32 *index)
+					    const struct guard_ask *ask)
 {
 	struct guard_request *r;
 	int err;
@@ -322,33 +357,30 @@ static struct guard_request *guard_ask_once(struct guard *guard,
 		return ERR_PTR(-ENOMEM);
 
 	err = guard_submit(guard, r);
-	if (!err)
-		err = guard_wait(r);
+	if (!err && guard_wait(r) == -EINTR)
+		/* The device may still be writing the answer. */
+		err = -EINTR;
 	if (!err)
 		return r;
-	/* After EINTR the device may still be writing the answer. */
-	if (err != -EINTR)
-		*index = r->index;
 	guard_request_put(r);
 	return ERR_PTR(err);
 }
 
 static struct guard_request *guard_ask(struct guard *guard,
-				       const struct guard_ask *ask, u32 *index)
+				       const struct guard_ask *ask)
 {
 	struct guard_request *r;
 	unsigned int tries;
 
-	r = guard_ask_once(guard, ask, index);
-	for (tries = 0; r == ERR_PTR(-EBUSY) && tries < GUARD_BUSY_RETRIES;
-	     tries++) {
+	for (tries = 0;; tries++) {
+		r = guard_ask_once(guard, ask);
+		if (IS_ERR(r) || r->err != -EBUSY || tries == GUARD_BUSY_RETRIES)
+			return r;
 		msleep(GUARD_BUSY_DELAY_MS << tries);
 		if (fatal_signal_pending(current))
-			break;
-		*index = VIRTIO_GUARD_NO_INDEX;
-		r = guard_ask_once(guard, ask, index);
+			return r;
+		guard_request_put(r);
 	}
-	return r;
 }
 
 /* What changes something: the value of the answer is the generation. */
@@ -371,11 +403,14 @@ static int guard_ask_generation(const struct guard_ask *ask, u32 *index,
 	} else if (ask->count > guard->max_request_ranges) {
 		err = -E2BIG;
 	} else {
-		r = guard_ask(guard, ask, index);
+		r = guard_ask(guard, ask);
 		if (IS_ERR(r)) {
 			err = PTR_ERR(r);
 		} else {
-			*generation = r->value;
+			err = r->err;
+			*index = r->index;
+			if (!err)
+				*generation = r->value;
 			guard_request_put(r);
 		}
 	}
@@ -461,32 +496,44 @@ static struct guard_request *guard_ask_query(const struct guard_ask *ask)
 {
 	struct guard *guard;
 	struct guard_request *r;
-	u32 index;
+	int err;
 
 	might_sleep();
 	guard = guard_get();
 	if (!guard)
 		return ERR_PTR(-ENODEV);
-	r = guard_ask(guard, ask, &index);
+	r = guard_ask(guard, ask);
 	guard_put(guard);
+	if (!IS_ERR(r) && r->err) {
+		err = r->err;
+		guard_request_put(r);
+		return ERR_PTR(err);
+	}
 	return r;
+}
+
+/* The entries of the answer, to where there is room for that many. */
+static void guard_get_ranges(struct guard_range *to,
+			     const struct guard_request *r)
+{
+	const struct virtio_guard_range *from =
+		(const void *)r->resp + r->head_len;
+	u32 i;
+
+	for (i = 0; i < r->answered; i++) {
+		to[i].gfn_start = le64_to_cpu(READ_ONCE(from[i].gfn_start));
+		to[i].gfn_end = le64_to_cpu(READ_ONCE(from[i].gfn_end));
+		to[i].attributes = le64_to_cpu(READ_ONCE(from[i].attributes));
+	}
 }
 
 /* As many entries as there are, or as there was room for; nothing else. */
 static int guard_query_take(const struct guard_request *r,
 			    struct guard_range *ranges, u32 room)
 {
-	const struct virtio_guard_range *entry = (const void *)(r->resp + 1);
-	u32 i;
-
 	if (r->answered != min_t(u64, r->value, room))
 		return -EIO;
-	for (i = 0; i < r->answered; i++) {
-		ranges[i].gfn_start = le64_to_cpu(READ_ONCE(entry[i].gfn_start));
-		ranges[i].gfn_end = le64_to_cpu(READ_ONCE(entry[i].gfn_end));
-		ranges[i].attributes =
-			le64_to_cpu(READ_ONCE(entry[i].attributes));
-	}
+	guard_get_ranges(ranges, r);
 	return 0;
 }
 
@@ -681,3 +728,94 @@ int virtio_guard_msr_query(u32 first, u32 last, u16 access,
 	return err;
 }
 EXPORT_SYMBOL_GPL(virtio_guard_msr_query);
+
+static void guard_get_counts(struct guard_kernel_counts *to,
+			     const struct virtio_guard_kernel_resp *from)
+{
+	to->pages = le64_to_cpu(READ_ONCE(from->pages));
+	to->unmapped = le64_to_cpu(READ_ONCE(from->unmapped));
+	to->not_written = le64_to_cpu(READ_ONCE(from->not_written));
+	to->not_executed = le64_to_cpu(READ_ONCE(from->not_executed));
+	to->write_exec = le64_to_cpu(READ_ONCE(from->write_exec));
+	to->given = le64_to_cpu(READ_ONCE(from->given));
+	to->elsewhere = le64_to_cpu(READ_ONCE(from->elsewhere));
+	to->ranges = le64_to_cpu(READ_ONCE(from->ranges));
+	to->mappings = le64_to_cpu(READ_ONCE(from->mappings));
+	to->reserved = le64_to_cpu(READ_ONCE(from->reserved));
+	to->outside = le64_to_cpu(READ_ONCE(from->outside));
+	to->tables = le64_to_cpu(READ_ONCE(from->tables));
+	to->told = le64_to_cpu(READ_ONCE(from->told));
+}
+
+/**
+ * virtio_guard_protect_kernel - deny what the kernel's page tables do not use
+ * @kernel: what is asked, and what the host says
+ *
+ * Has the host read the page tables that are loaded now, for the kernel's half of
+ * linear addresses, and set for each page those of its range's attributes that no
+ * mapping is in need of: as virtio_guard_protect() does, or, with
+ * %VIRTIO_GUARD_KERNEL_LOCK, as virtio_guard_lock(). All of the pages or, on
+ * error, none; none with %VIRTIO_GUARD_KERNEL_DRY_RUN. Mappings of these pages
+ * must not be made meanwhile: whoever makes some has to ask again.
+ *
+ * Return: as virtio_guard_lock(); -EACCES when there are pages that a policy
+ * refuses, the first in @kernel->index; -EOPNOTSUPP without an index when the host
+ * does not read page tables, or the guest's memory is encrypted.
+ */
+int virtio_guard_protect_kernel(struct virtio_guard_kernel *kernel)
+{
+	struct virtio_guard_kernel_req req = {
+		.flags = cpu_to_le16(kernel->flags),
+		.unmapped = kernel->unmapped,
+		.write_exec = kernel->write_exec,
+	};
+	struct guard_ask ask = {
+		.type = VIRTIO_GUARD_T_PROTECT_KERNEL,
+		.count = kernel->count,
+		.ranges = kernel->ranges,
+		.kernel = &req,
+		.room = min_t(u32, kernel->room, 2 * VIRTIO_GUARD_TOLD_MAX),
+	};
+	struct guard_request *r;
+	struct mm_struct *mm;
+	struct guard *guard;
+	int err = 0;
+
+	might_sleep();
+	kernel->told_count = 0;
+	kernel->index = VIRTIO_GUARD_NO_INDEX;
+	kernel->generation = 0;
+	memset(&kernel->counts, 0, sizeof(kernel->counts));
+
+	guard = guard_get();
+	if (!guard)
+		return -ENODEV;
+	if (!kernel->count)
+		err = -EINVAL;
+	else if (kernel->count > guard->max_request_ranges)
+		err = -E2BIG;
+	if (!err) {
+		mm = guard_walk_begin(&req);
+		if (IS_ERR(mm)) {
+			err = PTR_ERR(mm);
+		} else {
+			r = guard_ask(guard, &ask);
+			err = PTR_ERR_OR_ZERO(r);
+			guard_walk_end(mm);
+		}
+	}
+	guard_put(guard);
+	if (err)
+		return err;
+
+	err = r->err;
+	kernel->index = r->index;
+	if (!err)
+		kernel->generation = r->value;
+	guard_get_counts(&kernel->counts, (const void *)r->resp);
+	guard_get_ranges(kernel->told, r);
+	kernel->told_count = r->answered;
+	guard_request_put(r);
+	return err;
+}
+EXPORT_SYMBOL_GPL(virtio_guard_protect_kernel);

@@ -289,6 +289,80 @@ static void test_msr_calls(int fd)
 	free(bytes);
 }
 
+/* GUARD_IOC_KERNEL; returns the errno. */
+static int ask_kernel(int fd, struct guard_kernel *req)
+{
+	req->index = 12345;
+	req->generation = 12345;
+	return ioctl(fd, GUARD_IOC_KERNEL, req) ? errno : 0;
+}
+
+/* What follows from page tables, whether or not this host reads them. */
+static void test_kernel_calls(int fd, const struct guard_range *good)
+{
+	struct guard_range told[2], wrong = *good;
+	struct guard_kernel req = { .reserved = 1, .count = 1 };
+	int err;
+
+	report("KERNEL without an argument: EFAULT",
+	       ioctl(fd, GUARD_IOC_KERNEL, NULL) && errno == EFAULT);
+	report("KERNEL with a reserved field: EINVAL",
+	       ask_kernel(fd, &req) == EINVAL && req.index == NO &&
+	       !req.generation);
+	req = (struct guard_kernel){ .flags = VIRTIO_GUARD_KERNEL_LOCK };
+	report("KERNEL without a range, with too many, with none there",
+	       ask_kernel(fd, &req) == EINVAL &&
+	       (req.count = UINT32_MAX, ask_kernel(fd, &req) == E2BIG) &&
+	       (req.count = 1, ask_kernel(fd, &req) == EFAULT) &&
+	       req.index == NO && !req.generation && !req.counts.pages);
+
+	req = (struct guard_kernel){
+		.flags = VIRTIO_GUARD_KERNEL_DRY_RUN | VIRTIO_GUARD_KERNEL_LOCK,
+		.unmapped = VIRTIO_GUARD_POLICY_REPORT,
+		.ranges = (uintptr_t)good,
+		.count = 1,
+		.told = (uintptr_t)told,
+		.told_count = 2,
+	};
+	err = ask_kernel(fd, &req);
+	if (err == EOPNOTSUPP) {
+		report("a host that does not read page tables: EOPNOTSUPP",
+		       req.index == NO && !req.generation && !req.told_count);
+		return;
+	}
+	/* The kernel maps this memory of ours to be written, nowhere else. */
+	report("KERNEL of a page that is written: nothing is given",
+	       !err && req.counts.pages == 1 && !req.counts.given &&
+	       !req.counts.unmapped && !req.counts.not_written &&
+	       req.counts.not_executed == 1 && !req.told_count);
+	req.flags = VIRTIO_GUARD_KERNEL_DRY_RUN;
+	report("without LOCK it would be freed, which is locked: EPERM, entry 0",
+	       ask_kernel(fd, &req) == EPERM && !req.index &&
+	       req.counts.pages == 1);
+	req.count = 0;
+	err = ask_kernel(fd, &req);
+	report("KERNEL of all memory, which is mapped and not W+X",
+	       !err && req.counts.pages > 1000 && !req.counts.write_exec &&
+	       !req.counts.outside && !req.counts.reserved &&
+	       req.counts.not_written > 100);
+	req.count = 1;
+	req.ranges = (uintptr_t)&wrong;
+	wrong.attributes = VIRTIO_GUARD_NOREAD;
+	report("KERNEL of what does not follow from tables: EINVAL, entry 0",
+	       ask_kernel(fd, &req) == EINVAL && !req.index &&
+	       !req.counts.pages);
+	wrong.attributes = VIRTIO_GUARD_NOWRITE;
+	req.flags = 4;
+	report("KERNEL with an unknown flag: EINVAL, no entry",
+	       ask_kernel(fd, &req) == EINVAL && req.index == NO);
+	req.flags = 0;
+	report("KERNEL cannot free what is locked: EPERM, entry 0",
+	       ask_kernel(fd, &req) == EPERM && !req.index);
+	req.flags = VIRTIO_GUARD_KERNEL_LOCK;
+	report("KERNEL with LOCK leaves it as it is",
+	       !ask_kernel(fd, &req) && req.generation && !req.counts.given);
+}
+
 static void test_ioctl(int fd)
 {
 	struct guard_range good = { 0, 0, VIRTIO_GUARD_NOWRITE };
@@ -352,6 +426,7 @@ static void test_ioctl(int fd)
 	       refused(store, memory) && memory[0] == 0x5a);
 	test_newer_calls(fd, &good, info.audit_bits);
 	test_msr_calls(fd);
+	test_kernel_calls(fd, &good);
 	many_ranges(fd, info.max_request_ranges);
 
 	if (!setuid(65534))
@@ -362,6 +437,7 @@ static void test_ioctl(int fd)
 		       EPERM &&
 		       ioctl(fd, GUARD_IOC_SEAL, &info) && errno == EPERM &&
 		       ioctl(fd, GUARD_IOC_MSR_LOCK, &req) && errno == EPERM &&
+		       ask_kernel(fd, &(struct guard_kernel){ 0 }) == EPERM &&
 		       read(fd, &event, sizeof(event)) < 0 && errno == EPERM &&
 		       ioctl(fd, GUARD_IOC_INFO, &info) && errno == EPERM &&
 		       open("/dev/guard", O_RDWR) < 0 && errno == EACCES);

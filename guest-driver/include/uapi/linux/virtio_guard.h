@@ -25,6 +25,8 @@
 #define VIRTIO_GUARD_F_AUDIT		4
 /* This host enforces rules for MSRs. */
 #define VIRTIO_GUARD_F_MSR		5
+/* This host reads page tables. */
+#define VIRTIO_GUARD_F_KERNEL		6
 
 #define VIRTIO_GUARD_VERSION		1
 
@@ -63,6 +65,8 @@ struct virtio_guard_config {
 #define VIRTIO_GUARD_T_MSR_PROTECT	6
 #define VIRTIO_GUARD_T_MSR_BITMAP	7
 #define VIRTIO_GUARD_T_MSR_QUERY	8
+/* The one type of request on queue 2. */
+#define VIRTIO_GUARD_T_PROTECT_KERNEL	9
 
 /* Deny bits. */
 #define VIRTIO_GUARD_NOWRITE		(1ULL << 0)
@@ -135,6 +139,74 @@ struct virtio_guard_resp {
 	__le32 index;
 	/* The generation; of a query, how many entries there are. */
 	__le64 value;
+};
+
+/* virtio_guard_kernel_req.flags */
+#define VIRTIO_GUARD_KERNEL_LOCK	1
+/* Nothing is set. */
+#define VIRTIO_GUARD_KERNEL_DRY_RUN	2
+
+/* virtio_guard_kernel_req.unmapped and .write_exec: what becomes of such pages. */
+#define VIRTIO_GUARD_POLICY_LEAVE	0
+/* They are told. */
+#define VIRTIO_GUARD_POLICY_REPORT	1
+/* They are told, and the request is refused. */
+#define VIRTIO_GUARD_POLICY_REFUSE	2
+/* Of unmapped ones only: they get all attributes of their entries. */
+#define VIRTIO_GUARD_POLICY_DENY	3
+
+/* virtio_guard_kernel_req.control */
+#define VIRTIO_GUARD_CONTROL_NXE	1
+#define VIRTIO_GUARD_CONTROL_WP		2
+#define VIRTIO_GUARD_CONTROL_SMEP	4
+#define VIRTIO_GUARD_CONTROL_SHSTK	8
+#define VIRTIO_GUARD_CONTROL_GBPAGES	16
+
+/* What PROTECT_KERNEL asks; entries follow. */
+struct virtio_guard_kernel_req {
+	__le16 type;
+	__le16 flags;
+	__le32 count;
+	/* Physical address of the top table. */
+	__le64 root;
+	/* Linear addresses, whole pages. */
+	__le64 va_start;
+	/* Inclusive. */
+	__le64 va_end;
+	/* 4 or 5. */
+	__u8 levels;
+	__u8 physical_bits;
+	__u8 unmapped;
+	__u8 write_exec;
+	__le32 control;
+};
+
+/* Attributes of the ranges that are told. */
+#define VIRTIO_GUARD_TOLD_WRITE_EXEC	1
+#define VIRTIO_GUARD_TOLD_UNMAPPED	2
+/* Ranges that are told of either kind, at most. */
+#define VIRTIO_GUARD_TOLD_MAX		4096
+
+/* Its answer, and virtio_guard_range as far as there is room. */
+struct virtio_guard_kernel_resp {
+	__le32 status;
+	__le32 index;
+	/* The generation. */
+	__le64 value;
+	/* As in struct guard_kernel_counts. */
+	__le64 pages;
+	__le64 unmapped;
+	__le64 not_written;
+	__le64 not_executed;
+	__le64 write_exec;
+	__le64 given;
+	__le64 elsewhere;
+	__le64 ranges;
+	__le64 mappings;
+	__le64 reserved;
+	__le64 outside;
+	__le64 tables;
+	__le64 told;
 };
 
 /* Events, queue 1. */
@@ -294,6 +366,68 @@ struct guard_msr_query {
 };
 
 /**
+ * struct guard_kernel_counts - what page tables say of the pages of a request
+ * @pages: pages of entries with attributes
+ * @unmapped: of these: without mapping; not in the counts below
+ * @not_written: of these: no mapping writes them
+ * @not_executed: of these: no mapping executes them in supervisor mode
+ * @write_exec: of these: written, and executed in supervisor mode
+ * @given: of these: get attributes
+ * @elsewhere: mapped pages that are in no entry with attributes
+ * @ranges: disjoint ranges that get attributes, cut at the ends of entries
+ * @mappings: how often linear addresses lead to pages
+ * @reserved: page table entries with reserved bits, which map nothing
+ * @outside: page table entries that name a table outside of memory
+ * @tables: table pages that were read
+ * @told: ranges to be told, whether or not there was room
+ */
+struct guard_kernel_counts {
+	__u64 pages;
+	__u64 unmapped;
+	__u64 not_written;
+	__u64 not_executed;
+	__u64 write_exec;
+	__u64 given;
+	__u64 elsewhere;
+	__u64 ranges;
+	__u64 mappings;
+	__u64 reserved;
+	__u64 outside;
+	__u64 tables;
+	__u64 told;
+};
+
+/**
+ * struct guard_kernel - argument of GUARD_IOC_KERNEL
+ * @ranges: in: address of an array of struct guard_range, of NOWRITE,
+ *          NOEXEC_KERNEL and VIRTIO_GUARD_AUDIT() of them, or none of these
+ * @told: in: address of an array of struct guard_range, to be filled with
+ *        pages that policy asks for: VIRTIO_GUARD_TOLD_* as attributes
+ * @count: in: entries in @ranges; 0, with DRY_RUN only: all of memory, as a LOCK
+ * @told_count: in: entries that @told has room for; out: entries filled
+ * @flags: in: VIRTIO_GUARD_KERNEL_*
+ * @unmapped: in: VIRTIO_GUARD_POLICY_*, for pages without mapping
+ * @write_exec: in: the same for pages that are written and executed
+ * @index: out: the entry that an error is about, or VIRTIO_GUARD_NO_INDEX
+ * @reserved: in: 0
+ * @generation: out: the generation in which it holds; 0 on error
+ * @counts: out: also with EACCES and other errors that follow from the tables
+ */
+struct guard_kernel {
+	__u64 ranges;
+	__u64 told;
+	__u32 count;
+	__u32 told_count;
+	__u16 flags;
+	__u8 unmapped;
+	__u8 write_exec;
+	__u32 index;
+	__u64 reserved;
+	__u64 generation;
+	struct guard_kernel_counts counts;
+};
+
+/**
  * struct guard_info - argument of GUARD_IOC_INFO; see struct virtio_guard_config
  * @version: of the device
  * @page_size: 4096
@@ -382,6 +516,13 @@ struct guard_event {
  * what rules mean. No CPU comes or goes while one of these is carried out (but
  * for queries). EOPNOTSUPP without an index: this host has no rules for MSRs.
  *
+ * GUARD_IOC_KERNEL: PROTECT, or with LOCK set in the flags LOCK, of what the
+ * kernel's own page tables do not use: each page of the ranges gets those of its
+ * range's attributes that no mapping of the kernel's half of linear addresses is
+ * in need of. The tables are those of the calling process. EACCES: there are
+ * pages that a policy refuses. EOPNOTSUPP without an index: this host does not
+ * read page tables, or cannot, because this guest's memory is encrypted.
+ *
  * read() gives whole records of struct guard_event, as many as fit, from all
  * that happened since open(); the file keeps 256 of them, and counts those that
  * come when it is full in the next that it keeps. EINVAL: less than a record
@@ -398,5 +539,6 @@ struct guard_event {
 #define GUARD_IOC_MSR_PROTECT	_IOWR('G', 0xe6, struct guard_lock)
 #define GUARD_IOC_MSR_BITMAP	_IOWR('G', 0xe7, struct guard_msr_bitmap)
 #define GUARD_IOC_MSR_QUERY	_IOWR('G', 0xe8, struct guard_msr_query)
+#define GUARD_IOC_KERNEL	_IOWR('G', 0xe9, struct guard_kernel)
 
 #endif /* _UAPI_LINUX_VIRTIO_GUARD_H */
