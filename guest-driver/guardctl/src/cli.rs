@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 
 use crate::device::MsrEntry;
+use crate::kernel::KernelRequest;
 use crate::msr::{self, Access, Action, Msrs};
 use crate::range::{Range, Rights};
 
@@ -42,6 +43,7 @@ Examples:
   guardctl protect --deny write --audit exec gfn:5+2  the same for as long as you want; tell of exec
   guardctl protect --deny none gfn:5+2                and back
   guardctl query                                      what is protected
+  guardctl kernel --fail-on-wx                        does the kernel execute what it can write?
   guardctl msr lock --action pin LSTAR                the system call entry, until the next reset
   guardctl events --follow                            what was tried
 
@@ -98,6 +100,14 @@ pub(crate) enum Command {
         #[arg(value_name = "RANGE")]
         ranges: Vec<Range>,
     },
+
+    /// Show what the kernel's page tables allow, and deny what they do not.
+    ///
+    /// The host reads the tables and adds up, for each page, what all mappings of the kernel's half
+    /// of addresses let kernel mode do with it. Changes nothing, unless told to: then the pages of
+    /// the ranges are denied what no mapping uses. A page that the kernel maps otherwise later, as
+    /// it does with memory that it frees, cannot be used that way.
+    Kernel(KernelRequest),
 
     /// Rules for MSRs.
     ///

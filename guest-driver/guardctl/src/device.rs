@@ -24,10 +24,13 @@ const MSR_LOCK: Opcode = opcode::read_write::<RawLock>(b'G', 0xe5);
 const MSR_PROTECT: Opcode = opcode::read_write::<RawLock>(b'G', 0xe6);
 const MSR_BITMAP: Opcode = opcode::read_write::<RawMsrBitmap>(b'G', 0xe7);
 const MSR_QUERY: Opcode = opcode::read_write::<RawMsrQuery>(b'G', 0xe8);
+const KERNEL: Opcode = opcode::read_write::<RawKernel>(b'G', 0xe9);
 
 const NO_INDEX: u32 = u32::MAX;
 /// Most entries that one query fills.
 const QUERY_ROOM: usize = 4096;
+/// Most ranges that are told of page tables, of either kind.
+const TOLD_ROOM: usize = 2 * 4096;
 
 /// `struct guard_range`: pages, and what holds on them.
 #[repr(C)]
@@ -101,9 +104,55 @@ struct RawMsrQuery {
     total: u64,
 }
 
+/// `struct guard_kernel_counts`: what page tables say.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) pages: u64,
+    pub(crate) unmapped: u64,
+    pub(crate) not_written: u64,
+    pub(crate) not_executed: u64,
+    pub(crate) write_exec: u64,
+    pub(crate) given: u64,
+    pub(crate) elsewhere: u64,
+    pub(crate) ranges: u64,
+    pub(crate) mappings: u64,
+    pub(crate) reserved: u64,
+    pub(crate) outside: u64,
+    pub(crate) tables: u64,
+    pub(crate) told: u64,
+}
+
+/// `struct guard_kernel`
+#[repr(C)]
+struct RawKernel {
+    ranges: u64,
+    told: u64,
+    count: u32,
+    told_count: u32,
+    flags: u16,
+    unmapped: u8,
+    write_exec: u8,
+    index: u32,
+    reserved: u64,
+    generation: u64,
+    counts: Counts,
+}
+
+/// What came of reading page tables. There is something to tell with some errors, too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Walk {
+    /// The generation.
+    pub(crate) result: Result<u64, Refusal>,
+    /// What the tables say; zeros if they were not read.
+    pub(crate) counts: Counts,
+    /// The pages that policy asks for.
+    pub(crate) told: Vec<Entry>,
+}
+
 /// `struct guard_info`
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Info {
     pub(crate) version: u32,
     pub(crate) page_size: u32,
@@ -113,7 +162,7 @@ pub(crate) struct Info {
     pub(crate) max_ranges: u32,
     pub(crate) generation: u64,
     pub(crate) ranges_in_force: u32,
-    reserved: u32,
+    pub(crate) reserved: u32,
     pub(crate) violations: u64,
     pub(crate) events_lost: u64,
     pub(crate) malformed: u64,
@@ -331,6 +380,43 @@ impl Device {
         Ok(buffer)
     }
 
+    /// Has page tables read, and denies what they do not use, all as `modes` (flags, policy for
+    /// pages without mapping, policy for written and executed ones) say. No entries: all memory.
+    pub(crate) fn kernel(&self, entries: &[Entry], modes: (u16, u8, u8)) -> Walk {
+        let mut told = vec![Entry::default(); TOLD_ROOM];
+        let mut request = RawKernel {
+            ranges: entries.as_ptr() as u64,
+            told: told.as_mut_ptr() as u64,
+            // More than 2^32 have no room in an argument list.
+            count: u32::try_from(entries.len()).unwrap_or(u32::MAX),
+            told_count: TOLD_ROOM as u32,
+            flags: modes.0,
+            unmapped: modes.1,
+            write_exec: modes.2,
+            index: NO_INDEX,
+            reserved: 0,
+            generation: 0,
+            counts: Counts::default(),
+        };
+        // SAFETY: KERNEL reads and writes a struct guard_kernel, of which RawKernel is the image,
+        // reads `count` entries at `ranges`, of which `entries` has no fewer (if it had more than
+        // an u32 can say the driver would read none), and writes at most `told_count` entries at
+        // `told`, which has that many; any bits make an Entry.
+        let result = unsafe { ioctl(&self.0, Updater::<KERNEL, RawKernel>::new(&mut request)) };
+        // With most errors nothing is written, and told_count is what it was.
+        told.truncate(request.counts.told.min(request.told_count.into()) as usize);
+        Walk {
+            result: result
+                .map(|()| request.generation)
+                .map_err(|errno| Refusal {
+                    errno,
+                    index: (request.index != NO_INDEX).then_some(request.index as usize),
+                }),
+            counts: request.counts,
+            told,
+        }
+    }
+
     /// Waits for events and returns those that are there.
     pub(crate) fn events(&mut self) -> io::Result<Vec<Event>> {
         let mut buffer = [0; 64 * Event::SIZE];
@@ -361,6 +447,7 @@ mod tests {
         assert_eq!(MSR_PROTECT, 0xc018_47e6);
         assert_eq!(MSR_BITMAP, 0xc020_47e7);
         assert_eq!(MSR_QUERY, 0xc020_47e8);
+        assert_eq!(KERNEL, 0xc098_47e9);
     }
 
     #[test]

@@ -62,6 +62,32 @@ pub(crate) fn msr_refusal(
     )
 }
 
+/// A request about page tables was refused.
+pub(crate) fn kernel_refusal(refusal: Refusal, ranges: &[Range], info: &Info) -> String {
+    let about = refusal.index.and_then(|i| Some((i, ranges.get(i)?)));
+    let why = match (refusal.errno, about) {
+        (Errno::ACCESS, _) => "there are pages that are to be refused".into(),
+        (Errno::OPNOTSUPP, None) => {
+            "this host does not read page tables, or this guest's memory is encrypted".into()
+        }
+        (Errno::FAULT, _) => "the page tables name tables outside of memory: nobody knows what \
+                              they map"
+            .into(),
+        (Errno::OVERFLOW, _) => "the page tables are too many, or what follows from them is too \
+                                 many ranges: name fewer pages"
+            .into(),
+        (errno, Some(_)) => entry(errno, Some(info)),
+        (errno, None) => whole(errno, Some(info)),
+    };
+    match about {
+        Some((index, range)) => format!(
+            "kernel: range {} ({range}): {why}; nothing was changed",
+            index + 1
+        ),
+        None => format!("kernel: {why}"),
+    }
+}
+
 /// What an errno means that is about no MSR, but perhaps about a bitmap.
 fn msr_whole(errno: Errno, bitmap: Option<usize>, info: Option<&Info>) -> String {
     let why = match errno {
@@ -204,12 +230,33 @@ mod tests {
         assert!(bitmap.starts_with("msr bitmap: bitmap 3: "), "{bitmap}");
     }
 
+    fn kernel_said(errno: Errno, index: Option<usize>) -> String {
+        let info = Info {
+            deny_bits: 1,
+            ..Info::default()
+        };
+        kernel_refusal(Refusal { errno, index }, &["gfn:1".parse().unwrap()], &info)
+    }
+
+    #[test]
+    fn page_tables_have_errors_of_their_own() {
+        assert_eq!(
+            kernel_said(Errno::ACCESS, Some(0)),
+            "kernel: range 1 (0x1000-0x1fff): there are pages that are to be refused; \
+             nothing was changed"
+        );
+        assert!(kernel_said(Errno::OPNOTSUPP, None).contains("does not read page tables"));
+        assert!(kernel_said(Errno::OPNOTSUPP, Some(0)).contains("it can deny write"));
+        assert!(kernel_said(Errno::PERM, None).contains("root"));
+    }
+
     #[test]
     fn every_line_is_one_line() {
         for n in 1..200 {
             for index in [None, Some(0)] {
                 let errno = Errno::from_raw_os_error(n);
-                let line = said(errno, index) + &msr_said(errno, index);
+                let line =
+                    said(errno, index) + &msr_said(errno, index) + &kernel_said(errno, index);
                 assert!(!line.contains('\n') && !line.contains("  "), "{line}");
             }
         }

@@ -12,6 +12,7 @@ mod cli;
 mod device;
 mod explain;
 mod json;
+mod kernel;
 mod msr;
 mod range;
 mod report;
@@ -19,6 +20,7 @@ mod report;
 use cli::{Cli, Command, MsrCommand, MsrRequest, Request};
 use device::{Device, Entry, MsrEntry, Refusal};
 use json::Json;
+use kernel::KernelRequest;
 use msr::Msrs;
 use range::Range;
 
@@ -102,8 +104,31 @@ fn run(cli: &Cli) -> Result<(), Failure> {
                 report::entries_json(&found),
             )
         }
+        Command::Kernel(request) => run_kernel(cli, request),
         Command::Msr(command) => run_msr(cli, command),
         Command::Events { follow, count } => events(cli, *follow, *count),
+    }
+}
+
+fn run_kernel(cli: &Cli, request: &KernelRequest) -> Result<(), Failure> {
+    let device = open(cli)?;
+    let info = device.info().map_err(failure("kernel"))?;
+    let entries = request.entries(info.deny_bits).map_err(Failure::Usage)?;
+    let walk = device.kernel(&entries, request.modes());
+    // Refused or not: what was found is what one wants to see.
+    if walk.result.is_ok() || walk.counts.pages > 0 {
+        let json = kernel::json(&walk, request.is_dry());
+        print(cli, kernel::text(&walk), json)?;
+    }
+    if let Err(refusal) = walk.result {
+        let why = explain::kernel_refusal(refusal, &request.ranges, &info);
+        return Err(Failure::Refused(why));
+    }
+    match walk.counts.write_exec {
+        pages if pages > 0 && request.fail_on_wx => Err(Failure::Refused(format!(
+            "kernel: pages that the kernel both writes and executes: {pages}"
+        ))),
+        _ => Ok(()),
     }
 }
 
