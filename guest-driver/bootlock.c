@@ -18,7 +18,7 @@
 
 static char *lock = "rodata,idt";
 module_param(lock, charp, 0444);
-MODULE_PARM_DESC(lock, "what to lock until reset, comma separated: rodata, idt, range:0xSTART-0xEND (physical bytes, whole pages), text (PANICS A STOCK KERNEL), none (default: rodata,idt)");
+MODULE_PARM_DESC(lock, "what to lock until reset, comma separated: rodata, idt, kernel (what its page tables show it never writes or executes), range:0xSTART-0xEND (physical bytes, whole pages), text (PANICS A STOCK KERNEL), none (default: rodata,idt)");
 
 static bool dry_run;
 module_param(dry_run, bool, 0444);
@@ -27,7 +27,9 @@ MODULE_PARM_DESC(dry_run, "find the pages and log them, and do nothing else");
 /**
  * struct guard_bootlock_item - one word of the parameter
  * @name: the word, up to a colon
- * @find: where its pages are; NULL: @range was given
+ * @find: where its pages are; NULL: @range was given, or @lock
+ * @lock: of a word that has many ranges: find, lock and log them
+ * @dry: likewise: find and log them
  * @range: its pages, once @found
  * @found: @range is valid
  * @tried: the host was asked
@@ -36,6 +38,8 @@ MODULE_PARM_DESC(dry_run, "find the pages and log them, and do nothing else");
 struct guard_bootlock_item {
 	const char *name;
 	int (*find)(struct guard_range *range);
+	int (*lock)(void);
+	void (*dry)(void);
 	struct guard_range range;
 	bool found;
 	bool tried;
@@ -45,6 +49,11 @@ struct guard_bootlock_item {
 static const struct guard_bootlock_item guard_bootlock_known[] = {
 	{ .name = "rodata", .find = guard_find_rodata },
 	{ .name = "idt", .find = guard_find_idt },
+	{
+		.name = "kernel",
+		.lock = guard_kernellock,
+		.dry = guard_kernellock_dry_run,
+	},
 	{ .name = "text", .find = guard_find_text },
 };
 
@@ -130,6 +139,10 @@ static void guard_bootlock_dry(const struct guard_bootlock_item *item)
 	struct guard_range range = item->range;
 	phys_addr_t start, end;
 
+	if (item->dry) {
+		item->dry();
+		return;
+	}
 	if (item->find && item->find(&range))
 		return;
 	start = PFN_PHYS(range.gfn_start);
@@ -167,9 +180,11 @@ static void guard_bootlock_one(struct guard_bootlock_item *item)
 	u32 index;
 	int err = 0;
 
-	if (item->find)
+	if (item->lock)
+		err = item->lock();
+	else if (item->find)
 		err = item->find(&range);
-	if (!err) {
+	if (!err && !item->lock) {
 		range.attributes = VIRTIO_GUARD_NOWRITE;
 		err = virtio_guard_lock(&range, 1, &index, &generation);
 	}
@@ -181,6 +196,8 @@ static void guard_bootlock_one(struct guard_bootlock_item *item)
 	item->err = err;
 	mutex_unlock(&guard_bootlock_mutex);
 
+	if (item->lock)
+		return;
 	if (!range.attributes) {
 		pr_err("%s is NOT locked\n", item->name);
 		return;

@@ -142,6 +142,25 @@ int guard_read_info(struct guard_info *info)
 	return err;
 }
 
+/**
+ * guard_can_walk - does the host read page tables?
+ *
+ * Return: true if so; false without a device, too.
+ */
+bool guard_can_walk(void)
+{
+	struct guard *guard = guard_get();
+	bool can;
+
+	if (!guard)
+		return false;
+	mutex_lock(&guard->lock);
+	can = guard->live && guard->queues[GUARD_QUEUE_WALK].vq;
+	mutex_unlock(&guard->lock);
+	guard_put(guard);
+	return can;
+}
+
 /* The device comes and goes */
 
 static void guard_answer_cb(struct virtqueue *vq)

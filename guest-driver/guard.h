@@ -3,7 +3,7 @@
  * What the parts of virtio_guard.ko know of each other: the device's coming and
  * going (core.c), requests to it (request.c), what page tables the host reads
  * (walk.c), events from it (event.c), what is locked at boot (bootlock.c,
- * msrlock.c), where the kernel's own pages are (image.c), and
+ * kernellock.c, msrlock.c), where the kernel's own pages are (image.c), and
  * /dev/guard (chardev.c).
  */
 #ifndef _GUARD_H
@@ -97,6 +97,7 @@ struct guard {
 struct guard *guard_get(void);
 void guard_put(struct guard *guard);
 int guard_read_info(struct guard_info *info);
+bool guard_can_walk(void);
 
 /* request.c */
 void guard_answer_work(struct work_struct *work);
@@ -120,6 +121,10 @@ struct mm_struct *guard_walk_begin(struct virtio_guard_kernel_req *req);
 void guard_walk_end(struct mm_struct *mm);
 int guard_walk_ram(struct virtio_guard_kernel *kernel);
 
+/* kernellock.c */
+int guard_kernellock(void);
+void guard_kernellock_dry_run(void);
+
 /* bootlock.c */
 int guard_bootlock_parse(void);
 bool guard_bootlock_is_dry(void);
@@ -137,6 +142,8 @@ ssize_t guard_msrlock_show(char *buf);
 int guard_find_text(struct guard_range *range);
 int guard_find_rodata(struct guard_range *range);
 int guard_find_idt(struct guard_range *range);
+int guard_find_data(const char *name, u64 attributes,
+		    struct guard_range *ranges, u32 room, u32 *count);
 int guard_find_ram(u64 attributes, struct guard_range *ranges, u32 room,
 		   u32 *count);
 bool guard_crash_kernel_reserved(void);

@@ -14,6 +14,7 @@
 #include <linux/errno.h>
 #include <linux/ioport.h>
 #include <linux/mm.h>
+#include <linux/page-flags.h>
 #include <linux/preempt.h>
 #include <linux/sched.h>
 
@@ -213,6 +214,70 @@ int guard_find_idt(struct guard_range *range)
 	range->gfn_start = PHYS_PFN(map.pa);
 	range->gfn_end = range->gfn_start;
 	return 0;
+}
+
+/* One more page, to the last range if it goes on there. */
+static int guard_add_page(u64 gfn, u64 attributes, struct guard_range *ranges,
+			  u32 room, u32 *count)
+{
+	struct guard_range *last = &ranges[*count - 1];
+
+	if (*count && last->gfn_end + 1 == gfn) {
+		last->gfn_end = gfn;
+		return 0;
+	}
+	if (*count == room)
+		return -E2BIG;
+	ranges[*count].gfn_start = gfn;
+	ranges[*count].gfn_end = gfn;
+	ranges[*count].attributes = attributes;
+	++*count;
+	return 0;
+}
+
+/**
+ * guard_find_data - the kernel's data, as far as it belongs to the image
+ * @name: "Kernel data" or "Kernel bss", as the resource tree has it
+ * @attributes: for the ranges
+ * @ranges: out: whole pages, sorted and disjoint
+ * @room: of @ranges
+ * @count: out: how many these are
+ *
+ * Some of it is given back at boot: what .bss has for decrypted data in a guest
+ * that encrypts none. What was not has been reserved ever since. It must be asked
+ * for after that: guard_find_rodata() fails before. (A driver that got one and
+ * marked it as reserved would be taken in; no stock driver does.)
+ *
+ * Return: 0, or a negative errno after a line in the log.
+ */
+int guard_find_data(const char *name, u64 attributes,
+		    struct guard_range *ranges, u32 room, u32 *count)
+{
+	const struct resource *res = NULL;
+	unsigned long pfn, end;
+	int err = 0;
+
+	*count = 0;
+	if (guard_find_resource(&iomem_resource, name, &res,
+				GUARD_RESOURCE_DEPTH) != 1) {
+		pr_err("no \"%s\" in the resource tree, or more than one\n",
+		       name);
+		return -ENOENT;
+	}
+	end = PHYS_PFN(res->end + 1);
+	for (pfn = PHYS_PFN(PAGE_ALIGN(res->start)); pfn < end && !err; pfn++) {
+		if (pfn_valid(pfn) && PageReserved(pfn_to_page(pfn)))
+			err = guard_add_page(pfn, attributes, ranges, room,
+					     count);
+		if (!(pfn % 256))
+			cond_resched();
+	}
+	if (!err && !*count)
+		err = -ENOENT;
+	if (err)
+		pr_err("\"%s\" %pR has no page that could be locked, or is in too many pieces\n",
+		       name, res);
+	return err;
 }
 
 /* As guard_find_resource(), of memory as the firmware has it. */

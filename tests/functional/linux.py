@@ -89,6 +89,21 @@ class Linux(GuardTest):
     def test_guardctl_rights(self):
         self.scenario("guardctl-rights")
 
+    def check_kernel(self, scenario, **options):
+        """The scenario, and that this accelerator's rights were all tried."""
+        checked = self.scenario(scenario, deadline=180, **options)
+        if self.accel == "tcg":
+            self.assertIn("kernel data cannot be executed", checked)
+
+    def test_kernel_is_locked_by_its_page_tables(self):
+        """It works on, through suspend to RAM too, and attacks do not."""
+        self.check_kernel("kernel-suspend", smp=2, suspends=True)
+
+    def test_kernel_with_five_levels_is_locked_by_its_page_tables(self):
+        """On one CPU, which in the lab has four."""
+        options = {"cpu": "max"} if self.accel == "tcg" else {}
+        self.check_kernel("kernel", **options)
+
     def test_suspend(self):
         """Locks hold through suspend to RAM."""
         self.scenario("suspend", suspends=True)

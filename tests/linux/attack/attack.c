@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Attacks on the kernel's own read-only pages, as code that already runs in
- * the kernel would make them. For test guests only.
+ * Attacks on the kernel's own pages, as code that already runs in the kernel
+ * would make them. For test guests only. On read-only ones:
  *
  *   direct  set the write bit in the page tables of the direct map, and store
  *   alias   map the page a second time, writable, and store there
  *   wp      clear CR0.WP and store through the read-only mapping
+ *
+ * On others, each for itself:
+ *
+ *   exec    map a page of the kernel's .bss a second time, executable, and call it
+ *   wx      map a page of its own writable and executable, until it is unloaded
+ *   hold    map the page of the byte that others write writable, as long
  *
  * On a stock kernel each of them works; that is the control experiment. What
  * was changed is changed back at once (unless keep=1). A store that faults is
@@ -15,15 +21,18 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/ioport.h>
+#include <linux/kdebug.h>
 #include <linux/kernel.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/notifier.h>
 #include <linux/preempt.h>
 #include <linux/string.h>
 #include <linux/vmalloc.h>
 
 #include <asm/asm.h>
 #include <asm/desc.h>
+#include <asm/nospec-branch.h>
 #include <asm/pgtable.h>
 #include <asm/processor.h>
 #include <asm/special_insns.h>
@@ -31,7 +40,7 @@
 
 static char *method = "direct,alias,wp";
 module_param(method, charp, 0444);
-MODULE_PARM_DESC(method, "comma list of direct, alias, wp; or selftest");
+MODULE_PARM_DESC(method, "comma list of direct, alias, wp; or exec, wx, hold, selftest");
 
 static char *target = "rodata";
 module_param(target, charp, 0444);
@@ -346,6 +355,111 @@ static phys_addr_t attack_target(void)
 	return attack_letter(res->start, res->end + 1);
 }
 
+/* Make @va, of vmap(), executable, which vmap() does not. */
+static bool attack_make_exec(unsigned long va)
+{
+	u64 *entries[5];
+	unsigned long flags;
+	int count, i;
+
+	local_irq_save(flags);
+	count = attack_walk(va, entries);
+	for (i = 0; i < count; i++)
+		WRITE_ONCE(*entries[i], *entries[i] & ~_PAGE_NX);
+	attack_invlpg(va);
+	local_irq_restore(flags);
+	return count;
+}
+
+/* What attack_exec() calls, and the vector of what it got instead. */
+static unsigned long attack_exec_at;
+static int attack_exec_vector = ATTACK_NO_FAULT;
+
+/* A fetch that is refused has no entry in a table of exceptions: return from it. */
+static int attack_die(struct notifier_block *nb, unsigned long val, void *data)
+{
+	struct die_args *args = data;
+
+	if (val != DIE_GPF || args->regs->ip != attack_exec_at)
+		return NOTIFY_DONE;
+	attack_exec_vector = args->trapnr;
+	args->regs->ip = *(unsigned long *)args->regs->sp;
+	args->regs->sp += sizeof(long);
+	return NOTIFY_STOP;
+}
+
+/*
+ * The last instruction of the page of zeros, which is in .bss: "add %al,(%rax)".
+ * Behind it, in a page of ours, is a "ret".
+ */
+static void attack_exec(void)
+{
+	static struct notifier_block notifier = { .notifier_call = attack_die };
+	struct page *pages[2] = { ZERO_PAGE(0), alloc_page(GFP_KERNEL) };
+	phys_addr_t pa = PFN_PHYS(page_to_pfn(pages[0])) + PAGE_SIZE - 2;
+	unsigned long at, flags;
+	u8 scratch = 0;
+	void *alias;
+
+	if (!pages[1])
+		return;
+	memset(page_address(pages[1]), 0xc3, PAGE_SIZE);
+	alias = vmap(pages, 2, VM_MAP, PAGE_KERNEL_RO);
+	at = (unsigned long)alias + PAGE_SIZE - 2;
+	if (!alias || !attack_make_exec(at) || !attack_make_exec(at + 2) ||
+	    register_die_notifier(&notifier)) {
+		pr_err("exec: could not be tried\n");
+		goto out;
+	}
+	local_irq_save(flags);
+	attack_exec_at = at;
+	asm volatile(ANNOTATE_RETPOLINE_SAFE
+		     "call *%[at]\n"
+		     : ASM_CALL_CONSTRAINT
+		     : [at] "r" (at), "a" (&scratch)
+		     : "memory", "cc");
+	attack_exec_at = 0;
+	local_irq_restore(flags);
+	unregister_die_notifier(&notifier);
+
+	if (attack_exec_vector != ATTACK_NO_FAULT)
+		pr_info("exec: fetch refused by %s (vector %d) at %pa\n",
+			attack_vector_name(attack_exec_vector),
+			attack_exec_vector, &pa);
+	else if (scratch == (u8)(unsigned long)&scratch)
+		pr_info("exec: SUCCEEDED at %pa\n", &pa);
+	else
+		pr_err("exec: what was called at %pa is something else\n", &pa);
+out:
+	vunmap(alias);
+	__free_page(pages[1]);
+}
+
+/* A mapping that stays until the module goes, and the page if it is ours. */
+static void *attack_alias_kept;
+static struct page *attack_page_kept;
+
+static void attack_let_go(void)
+{
+	vunmap(attack_alias_kept);
+	if (attack_page_kept)
+		__free_page(attack_page_kept);
+}
+
+static int attack_keep(struct page *page, bool exec)
+{
+	phys_addr_t pa = PFN_PHYS(page_to_pfn(page));
+
+	attack_alias_kept = vmap(&page, 1, VM_MAP, PAGE_KERNEL);
+	if (!attack_alias_kept ||
+	    (exec && !attack_make_exec((unsigned long)attack_alias_kept))) {
+		attack_let_go();
+		return -ENOMEM;
+	}
+	pr_info("%pa is mapped writable%s\n", &pa, exec ? " and executable" : "");
+	return 0;
+}
+
 static bool attack_wanted(const char *name)
 {
 	size_t len = strlen(name);
@@ -373,6 +487,17 @@ static int __init attack_init(void)
 		attack_selftest();
 		return 0;
 	}
+	if (attack_wanted("exec")) {
+		attack_exec();
+		return 0;
+	}
+	if (attack_wanted("hold"))
+		return attack_keep(pfn_to_page(PHYS_PFN(pa)), false);
+	if (attack_wanted("wx")) {
+		attack_page_kept = alloc_page(GFP_KERNEL);
+		return attack_page_kept ? attack_keep(attack_page_kept, true) :
+					  -ENOMEM;
+	}
 	pr_info("target %s at %pa\n", target, &pa);
 	for (i = 0; i < ARRAY_SIZE(attack_methods); i++) {
 		if (!attack_wanted(attack_methods[i].name))
@@ -390,10 +515,11 @@ static int __init attack_init(void)
 
 static void __exit attack_exit(void)
 {
+	attack_let_go();
 }
 
 module_init(attack_init);
 module_exit(attack_exit);
 
-MODULE_DESCRIPTION("Write to the kernel's read-only pages (test guests only)");
+MODULE_DESCRIPTION("Attack the kernel's own pages (test guests only)");
 MODULE_LICENSE("GPL");
