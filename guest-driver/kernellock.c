@@ -196,6 +196,14 @@ static int guard_kernellock_check(struct guard_kernellock *lock)
 	return all;
 }
 
+static void guard_kernellock_blame(const struct guard_range *range)
+{
+	phys_addr_t start = PFN_PHYS(range->gfn_start);
+	phys_addr_t end = PFN_PHYS(range->gfn_end) + PAGE_SIZE - 1;
+
+	pr_err("kernel: the host refuses [mem %pa-%pa]\n", &start, &end);
+}
+
 /*
  * The host sets what the tables allow, page by page, and says how many pages got
  * something; whether each got all that was asked for, a query tells.
@@ -217,6 +225,8 @@ static int guard_kernellock_ask(struct guard_kernellock *lock, u64 offered,
 		kernel.ranges = lock->ranges;
 		kernel.count = lock->count;
 		err = virtio_guard_protect_kernel(&kernel);
+		if (err && kernel.index < lock->count)
+			guard_kernellock_blame(&lock->ranges[kernel.index]);
 		if (err)
 			return err;
 		*generation = kernel.generation;
@@ -287,20 +297,20 @@ static void guard_kernellock_say(const struct guard_kernellock *lock, int err,
 				 u64 generation)
 {
 	char nowrite[128], noexec[128];
+	bool missing = false;
 	unsigned int i;
 
-	if (err == -EBUSY) {
-		for (i = 0; i < GUARD_PARTS; i++)
-			if (lock->parts[i].missing)
-				pr_err("kernel: %llu of %llu pages of %s are NOT locked: mappings write or execute them\n",
-				       lock->parts[i].missing,
-				       lock->parts[i].pages,
-				       guard_part_names[i]);
-		pr_err("kernel is NOT locked as a whole: error %d\n", err);
-		return;
+	for (i = 0; i < GUARD_PARTS; i++) {
+		if (!lock->parts[i].missing)
+			continue;
+		pr_err("kernel: %llu of %llu pages of %s are NOT locked: mappings write or execute them\n",
+		       lock->parts[i].missing, lock->parts[i].pages,
+		       guard_part_names[i]);
+		missing = true;
 	}
 	if (err) {
-		pr_err("kernel is NOT locked: error %d\n", err);
+		pr_err("kernel is NOT locked%s: error %d\n",
+		       missing ? " as a whole" : "", err);
 		return;
 	}
 	guard_kernellock_pages(lock, VIRTIO_GUARD_NOWRITE, nowrite,
