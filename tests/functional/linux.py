@@ -166,7 +166,12 @@ class LinuxCompanion(GuardTest):
         vm.expect(r"^guard-test: ready", 120)
         companion.kill()
         vm.ask("attack\n", r"^guard-test: ready")
+        # What waits on the queue for page tables, the next one answers.
+        vm.ask("(guardctl kernel --json; echo kernel $?) &\n",
+               r"^guard-test: ready")
         companion.start()
+        vm.expect(r'^\{"dry_run":true,.*"write_exec":0,')
+        vm.expect(r"^kernel 0")
         vm.ask("attack\n", r"^guard-test: ready")
         vm.ask("work\n", r"^guard-test: ready")
         vm.ask("lock\n", r"^guard-test: ready")
