@@ -97,10 +97,10 @@ class Linux(GuardTest):
 
     def test_kernel_is_locked_by_its_page_tables(self):
         """It works on, through suspend to RAM too, and attacks do not."""
-        self.check_kernel("kernel-suspend", smp=2, suspends=True)
+        self.check_kernel("kernel-work", smp=2, suspends=True)
 
     def test_kernel_with_five_levels_is_locked_by_its_page_tables(self):
-        """On one CPU, which in the lab has four."""
+        """On one CPU. (In the lab it has four.)"""
         options = {"cpu": "max"} if self.accel == "tcg" else {}
         self.check_kernel("kernel", **options)
 
