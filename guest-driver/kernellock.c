@@ -8,6 +8,8 @@
  *
  *   rodata, the IDT    neither written nor executed in kernel mode. User space
  *                      executes the vDSO, which is in rodata.
+ *                      Locked in the end whatever is mapped: a mapping that
+ *                      writes there is an attack.
  *   data, bss          not executed in kernel mode: code that has to be made or
  *                      moved, a kernel puts elsewhere (modules, BPF, probes,
  *                      trampolines: pages of their own; the real-mode trampoline:
@@ -65,13 +67,15 @@ static const char * const guard_part_names[GUARD_PARTS] = {
  * @first: its first entry in guard_kernellock.ranges
  * @count: how many these are
  * @pages: how many pages they have
- * @missing: of these, not locked
+ * @used: of these, not locked for what is mapped
+ * @missing: of these, not locked in the end
  */
 struct guard_part {
 	u64 attributes;
 	u32 first;
 	u32 count;
 	u64 pages;
+	u64 used;
 	u64 missing;
 };
 
@@ -117,10 +121,10 @@ static int guard_kernellock_find(struct guard_kernellock *lock, u64 offered)
 	int err;
 
 	lock->count = 0;
+	memset(lock->parts, 0, sizeof(lock->parts));
 	for (i = 0; i < GUARD_PARTS; i++) {
 		struct guard_part *part = &lock->parts[i];
 
-		memset(part, 0, sizeof(*part));
 		part->first = lock->count;
 		part->attributes = offered;
 		if (i == GUARD_PART_DATA || i == GUARD_PART_BSS)
@@ -129,8 +133,10 @@ static int guard_kernellock_find(struct guard_kernellock *lock, u64 offered)
 			continue;
 		err = guard_part_find(i, part->attributes,
 				      &lock->ranges[part->first], &part->count);
-		if (err)
+		if (err) {
+			part->count = 0;
 			return err;
+		}
 		lock->count += part->count;
 		for (n = part->first; n < lock->count; n++)
 			part->pages += lock->ranges[n].gfn_end -
@@ -204,6 +210,28 @@ static void guard_kernellock_blame(const struct guard_range *range)
 	pr_err("kernel: the host refuses [mem %pa-%pa]\n", &start, &end);
 }
 
+/* Rodata and the IDT, as they were found, and whatever is mapped. */
+static int guard_kernellock_force(struct guard_kernellock *lock,
+				  u64 *generation)
+{
+	static const unsigned int forced[] = { GUARD_PART_RODATA, GUARD_PART_IDT };
+	unsigned int i;
+	u32 index;
+	int err;
+
+	for (i = 0; i < ARRAY_SIZE(forced); i++) {
+		struct guard_part *part = &lock->parts[forced[i]];
+
+		if (!part->count)
+			continue;
+		err = virtio_guard_lock(&lock->ranges[part->first], part->count,
+					&index, generation);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
 /*
  * The host sets what the tables allow, page by page, and says how many pages got
  * something; whether each got all that was asked for, a query tells.
@@ -215,7 +243,7 @@ static int guard_kernellock_ask(struct guard_kernellock *lock, u64 offered,
 		.flags = VIRTIO_GUARD_KERNEL_LOCK,
 		.write_exec = VIRTIO_GUARD_POLICY_REPORT,
 	};
-	unsigned int tries;
+	unsigned int tries, i;
 	int err;
 
 	for (tries = 0; tries < GUARD_KERNELLOCK_TRIES; tries++) {
@@ -234,7 +262,27 @@ static int guard_kernellock_ask(struct guard_kernellock *lock, u64 offered,
 		if (err != -EBUSY)
 			return err;
 	}
+	for (i = 0; i < GUARD_PARTS; i++)
+		lock->parts[i].used = lock->parts[i].missing;
 	return -EBUSY;
+}
+
+/* What the tables allow, and what must be: both are tried whatever comes. */
+static int guard_kernellock_do(struct guard_kernellock *lock, u64 offered,
+			       bool can_walk, u64 *generation)
+{
+	int err, forced;
+
+	if (can_walk)
+		err = guard_kernellock_ask(lock, offered, generation);
+	else
+		err = guard_kernellock_find(lock, offered) ?: -EOPNOTSUPP;
+	if (!err)
+		return 0;
+	forced = guard_kernellock_force(lock, generation);
+	if (forced)
+		return forced;
+	return err == -EBUSY ? guard_kernellock_check(lock) : err;
 }
 
 /* What the tables say of all memory: nothing depends on it. */
@@ -297,20 +345,19 @@ static void guard_kernellock_say(const struct guard_kernellock *lock, int err,
 				 u64 generation)
 {
 	char nowrite[128], noexec[128];
-	bool missing = false;
 	unsigned int i;
 
 	for (i = 0; i < GUARD_PARTS; i++) {
-		if (!lock->parts[i].missing)
-			continue;
-		pr_err("kernel: %llu of %llu pages of %s are NOT locked: mappings write or execute them\n",
-		       lock->parts[i].missing, lock->parts[i].pages,
-		       guard_part_names[i]);
-		missing = true;
+		const struct guard_part *part = &lock->parts[i];
+
+		if (part->used)
+			pr_warn("kernel: mappings write or execute %llu of %llu pages of %s: %s\n",
+				part->used, part->pages, guard_part_names[i],
+				part->missing ? "NOT locked" :
+				"locked all the same");
 	}
 	if (err) {
-		pr_err("kernel is NOT locked%s: error %d\n",
-		       missing ? " as a whole" : "", err);
+		pr_err("kernel is NOT locked as a whole: error %d\n", err);
 		return;
 	}
 	guard_kernellock_pages(lock, VIRTIO_GUARD_NOWRITE, nowrite,
@@ -335,21 +382,18 @@ int guard_kernellock(void)
 	int err;
 
 	err = guard_read_info(&info);
-	if (!err && !guard_can_walk())
-		err = -EOPNOTSUPP;
-	if (err == -EOPNOTSUPP) {
-		pr_err("this host does not read page tables: kernel is NOT locked; lock=rodata,idt needs none of that\n");
-		return err;
-	}
 	lock = err ? NULL : kzalloc(sizeof(*lock), GFP_KERNEL);
 	if (!lock) {
 		err = err ?: -ENOMEM;
 		pr_err("kernel is NOT locked: error %d\n", err);
 		return err;
 	}
-	guard_kernellock_survey();
-	err = guard_kernellock_ask(lock, info.deny_bits & GUARD_KERNEL_BITS,
-				   &generation);
+	if (guard_can_walk())
+		guard_kernellock_survey();
+	else
+		pr_err("this host does not read page tables: lock=kernel is rodata and idt alone\n");
+	err = guard_kernellock_do(lock, info.deny_bits & GUARD_KERNEL_BITS,
+				  guard_can_walk(), &generation);
 	guard_kernellock_say(lock, err, generation);
 	kfree(lock);
 	return err;
