@@ -377,7 +377,7 @@ class Hostile(GuardTest):
 
 class PageTables(BareMetalTest):
     """
-    :avocado: tags=tcg,kvm,lab
+    :avocado: tags=tcg,kvm
     """
 
     def test_hostile_page_tables(self):

@@ -180,7 +180,7 @@ class Walks(GuardTest):
     """The same for requests that take long, and are not begun on the control
     channel.
 
-    :avocado: tags=tcg,kvm,lab
+    :avocado: tags=tcg,kvm
     """
 
     #: How many wait at once; each is for a page of its own.

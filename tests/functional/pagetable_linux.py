@@ -165,7 +165,7 @@ class PageTable(GuardTest):
 
 class PageTable612(PageTable):
     """
-    :avocado: tags=tcg,lab
+    :avocado: tags=tcg
     """
 
 
