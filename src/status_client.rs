@@ -41,6 +41,13 @@ pub(crate) enum StatusError {
         .0.display()
     )]
     NotStatus(PathBuf),
+    #[error(
+        "{} did not answer in {} seconds: the companion is stopped or very busy, or this is not its \
+         status socket",
+        .0.display(),
+        PATIENCE.as_secs()
+    )]
+    Silent(PathBuf),
     #[error("the companion tells its status in format {0}, and this is for format {FORMAT}")]
     Format(u32),
 }
@@ -72,14 +79,16 @@ pub(crate) fn ask(path: &Path) -> Result<Answer, StatusError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(not_status());
+            return Err(StatusError::Silent(path.to_owned()));
         }
         stream.set_read_timeout(Some(left)).map_err(failed)?;
         match receive(&stream, &mut chunk, &mut answer.files) {
             Ok(0) => return Ok(answer),
             Ok(n) => answer.document.extend_from_slice(&chunk[..n]),
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return Err(not_status()),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                return Err(StatusError::Silent(path.to_owned()));
+            }
             Err(e) => return Err(failed(e)),
         }
         // The other sockets greet with something else, and then wait.
