@@ -178,7 +178,13 @@ fn carry_out(table: &mut Table, order: &Order) -> Result<(), usize> {
     let change = table.plan(order);
     assert_eq!(*table, before, "planning changed something");
     let change = change.map_err(|loosens| loosens.index)?;
+    let len = table.len_after(&change);
     table.apply(&change);
+    assert_eq!(table.len(), len, "as many ranges as was said before");
+    for protection in change.protections() {
+        let held = |gfn| table.get(gfn) == protection.attributes;
+        assert!(held(protection.range.start()) && held(protection.range.end()));
+    }
     let after = table.clone();
     table.apply(
         &table

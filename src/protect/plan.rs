@@ -12,7 +12,7 @@ use rangemap::RangeMap;
 
 use super::spans;
 use super::table::span_of;
-use super::{Attributes, Deny, Protection, Table};
+use super::{Attributes, Deny, Protection, Table, table};
 
 /// What a guest asks for. The attributes of entries are what is asked for on each page; whether
 /// they are marked immutable is of no account here.
@@ -55,6 +55,12 @@ impl Change {
             .iter()
             .map(|(span, _)| span.end - span.start)
             .sum()
+    }
+
+    /// What each page becomes: disjoint, ascending; free attributes where nothing is to hold.
+    pub fn protections(&self) -> impl Iterator<Item = Protection> + '_ {
+        self.pieces()
+            .map(|(span, attributes)| table::protection(span, attributes))
     }
 
     pub(super) fn pieces(&self) -> impl Iterator<Item = (Range<u64>, Attributes)> + '_ {

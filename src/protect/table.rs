@@ -101,6 +101,25 @@ impl Table {
         self.ranges.len()
     }
 
+    /// How many there will be when `change` is applied. Looks at what lies between its first and its
+    /// last page only.
+    pub fn len_after(&self, change: &Change) -> usize {
+        let mut pieces = change.pieces();
+        let Some((first, _)) = pieces.next() else {
+            return self.len();
+        };
+        let last = pieces.last().map_or(first.end, |(last, _)| last.end);
+        // With the neighbours, which may become one with what changes.
+        let around = first.start.saturating_sub(1)..last + 1;
+        let mut part = Self::default();
+        for (held, &attributes) in self.ranges.overlapping(&around) {
+            part.ranges.insert(held.clone(), attributes);
+        }
+        let before = part.len();
+        part.apply(change);
+        self.len() - before + part.len()
+    }
+
     /// Whether nothing is denied or watched anywhere.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
@@ -124,7 +143,7 @@ pub(super) fn span_of(range: GfnRange) -> Range<u64> {
     range.start().number()..range.end().number() + 1
 }
 
-fn protection(span: Range<u64>, attributes: Attributes) -> Protection {
+pub(super) fn protection(span: Range<u64>, attributes: Attributes) -> Protection {
     Protection {
         range: GfnRange::new(span.start, span.end - 1).expect("only GfnRanges are put in"),
         attributes,

@@ -2,6 +2,12 @@
 
 //! A VM of this very process: KVM's VM ioctls work in no other (`EIO`).
 //!
-//! [`slots`] plans memslots. Nothing here carries a plan out yet.
+//! [`KvmVm`] enforces on it what the device is asked for, for a VMM that is made with this library.
+//! [`slots`] plans memslots.
 
+mod memslots;
 pub mod slots;
+mod violations;
+mod vm;
+
+pub use vm::{KvmVm, NewError, Options, Vcpus, Verdict};
