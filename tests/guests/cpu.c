@@ -165,6 +165,10 @@ static void calibrate(void)
 {
 	u64 t;
 
+	/* Without a PIT it is told, or taken for a fast one. */
+	tsc_per_ms = opt_num("tsc_mhz", machine_mmio() ? 4000 : 0) * 1000;
+	if (tsc_per_ms)
+		return;
 	outb(0x61, (inb(0x61) & ~2) | 1);
 	outb(0x43, 0xb0);
 	outb(0x42, 11932 & 0xff);
@@ -337,11 +341,11 @@ void cpu_run(u32 n, void (*fn)(void *), void *arg)
 			fail("CPU %u does not come back", n);
 }
 
+static volatile u32 *const apic = (volatile u32 *)0xfee00000ul;
+
 /* INIT and start-up IPI through the xAPIC, one CPU after the other. */
 static void ipi(u32 apic_id, u32 command)
 {
-	volatile u32 *apic = (volatile u32 *)0xfee00000ul;
-
 	apic[0x310 / 4] = apic_id << 24;
 	apic[0x300 / 4] = command;
 	for (u32 i = 0; i < 1000 && (apic[0x300 / 4] & 0x1000); i++)
@@ -369,10 +373,17 @@ bool cpu_start(u32 n)
 	return cpus[n].online;
 }
 
+u32 cpus_there(void)
+{
+	return machine_mmio() ? opt_num("cpus", 1) : fw_cfg_u16(5);
+}
+
 bool start_cpus(void)
 {
-	u32 have = MIN(fw_cfg_u16(5), MAX_CPUS);
+	u32 have = MIN(cpus_there(), MAX_CPUS);
 
+	/* An INIT needs no APIC that is enabled, but KVM may first see then that the last vCPU is there. */
+	apic[0xf0 / 4] |= 0x100;
 	for (; n_cpus < have; n_cpus++) {
 		cpu_stop(n_cpus);
 		if (!cpu_start(n_cpus))

@@ -49,7 +49,7 @@ void guard_open(void)
 		return;
 	}
 	if (!vdev_find(&guard.dev, GUARD_ID, 0))
-		fail("no guard device (virtio ID 63) on PCI bus 0");
+		fail("no guard device (virtio ID 63) %s", machine_mmio() ? "among those named" : "on PCI bus 0");
 	if (!guard.dev.config || guard.dev.config_len < sizeof(struct config))
 		fail("configuration space of %u bytes, not %u", guard.dev.config_len, (u32)sizeof(struct config));
 	guard_start(F_VERSION_1 | F_GUARD, true, NULL, NULL);

@@ -69,6 +69,8 @@ extern const char *test_name;
 /* main.c: the command line */
 bool opt_is(const char *key, const char *value);
 u64 opt_num(const char *key, u64 fallback);
+bool opt_mmio(u32 nth, u64 *at, u64 *size);	/* virtio_mmio.device=SIZE@ADDRESS:... */
+bool machine_mmio(void);		/* are there any? Such a machine has no PCI, fw_cfg, PIT, ROM */
 
 /* cpu.c */
 #define MAX_CPUS	4
@@ -84,6 +86,7 @@ extern enum accel accel;
 extern bool inject;			/* policy: a refused store raises an exception */
 extern bool page_faults;		/* fault=pf: that is #PF, not #GP */
 extern u32 n_cpus;			/* running, 1 to MAX_CPUS */
+u32 cpus_there(void);			/* what the machine has */
 
 void cpu_init(void);
 u32 this_cpu(void);
@@ -116,7 +119,8 @@ void shut(u8 code) __attribute__((noreturn));
 #define F_U	4ul
 #define F_LARGE	0x80ul
 extern u64 ram_end;			/* guest-physical, below 4 GiB */
-void mem_init(void);
+struct memory { u64 start, size; u32 type, reserved; };	/* hvm_memmap_table_entry; type 1 is RAM */
+void mem_init(const struct memory *map, u32 n);
 u16 fw_cfg_u16(u16 key);
 void *alloc_pages(u32 n);		/* identity mapped; ends the test with SKIP when memory is short */
 void *alloc_page(void);
@@ -159,12 +163,13 @@ struct vq {
 	struct desc *desc;
 	struct avail *avail;
 	volatile struct used *used;
-	volatile u16 *notify;
+	volatile u8 *notify;
 	u64 inflight;		/* heads that the device has */
 	u32 strays;		/* completions of heads that it did not have */
 };
 
 struct vdev {
+	bool mmio;		/* or else PCI */
 	struct pci pci;
 	volatile u8 *common, *config;
 	u8 *notify_base;

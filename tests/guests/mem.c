@@ -35,9 +35,15 @@ u16 fw_cfg_u16(u16 key)
 
 static void *user_map;
 
-void mem_init(void)
+void mem_init(const struct memory *map, u32 n)
 {
-	fw_cfg_read(3, &ram_end, sizeof(ram_end));
+	/* Firmware takes from the memory map what it keeps, so fw_cfg knows better. */
+	if (!machine_mmio())
+		fw_cfg_read(3, &ram_end, sizeof(ram_end));
+	else
+		for (u32 i = 0; i < n; i++)
+			if (map[i].type == 1 && POOL - map[i].start < map[i].size)
+				ram_end = map[i].start + map[i].size;
 	ram_end = MIN(ram_end, 0x80000000ul);
 	/* Firmware may keep tables in the last MiB. */
 	pool_end = ram_end - 0x100000;

@@ -14,7 +14,7 @@ static struct vq rng_q;
 static void rng_start(void *used_page)
 {
 	if (!rng.common && !vdev_find(&rng, 4, 0))
-		skip("no virtio-rng-pci");
+		skip("no virtio-rng");
 	vdev_reset(&rng);
 	if (!vdev_negotiate(&rng, F_VERSION_1) || !rng.features)
 		fail("virtio-rng: FEATURES_OK refused");
@@ -127,6 +127,8 @@ void t_lock_fwcfg(void)
 	u8 *page, *control;
 	u32 c;
 
+	if (machine_mmio())
+		skip("no fw_cfg");
 	guard_open();
 	d = alloc_page();
 	page = alloc_lone_page();

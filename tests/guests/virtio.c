@@ -1,18 +1,78 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
-/* Modern virtio-pci and split queues, polled, for any device (virtio 1.2, chapters 2.7 and 4.1).  Knows no device type. */
+/*
+ * Modern virtio devices and split queues, polled, for any device (virtio 1.2, chapters 2.7, 4.1 and 4.2).  Knows no device type.
+ * They are looked for on PCI, or where the command line names any, at the addresses that it says.
+ */
 #include "guest.h"
 
-enum {				/* struct virtio_pci_common_cfg */
-	C_DFSELECT = 0, C_DF = 4, C_GFSELECT = 8, C_GF = 12, C_MSIX = 16, C_NUMQ = 18, C_STATUS = 20, C_GEN = 21, C_QSEL = 22,
-	C_QSIZE = 24, C_QMSIX = 26, C_QENABLE = 28, C_QNOTIFY = 30, C_QDESC = 32, C_QAVAIL = 40, C_QUSED = 48,
+/* The registers that both transports have: in struct virtio_pci_common_cfg, and of virtio-mmio, where each has 32 bits. */
+enum { DF_SELECT, DF, GF_SELECT, GF, STATUS, Q_SELECT, Q_MAX, Q_SIZE, Q_ENABLE, Q_DESC, Q_AVAIL, Q_USED };
+static const struct { u8 pci, pci_bytes, mmio; } registers[] = {
+	[DF_SELECT] = { 0, 4, 0x14 }, [DF] = { 4, 4, 0x10 }, [GF_SELECT] = { 8, 4, 0x24 }, [GF] = { 12, 4, 0x20 },
+	[STATUS] = { 20, 1, 0x70 }, [Q_SELECT] = { 22, 2, 0x30 }, [Q_MAX] = { 24, 2, 0x34 }, [Q_SIZE] = { 24, 2, 0x38 },
+	[Q_ENABLE] = { 28, 2, 0x44 }, [Q_DESC] = { 32, 4, 0x80 }, [Q_AVAIL] = { 40, 4, 0x90 }, [Q_USED] = { 48, 4, 0xa0 },
 };
+enum { PCI_Q_MSIX = 26, PCI_Q_NOTIFY = 30 };
+enum { MMIO_MAGIC = 0, MMIO_VERSION = 4, MMIO_DEVICE_ID = 8, MMIO_Q_NOTIFY = 0x50, MMIO_CONFIG = 0x100 };
 
 #define R8(v, o)	(*(volatile u8 *)((v)->common + (o)))
 #define R16(v, o)	(*(volatile u16 *)((v)->common + (o)))
 #define R32(v, o)	(*(volatile u32 *)((v)->common + (o)))
 
+static u32 get(struct vdev *v, u32 reg)
+{
+	u32 at = registers[reg].pci, bytes = registers[reg].pci_bytes;
+
+	if (v->mmio)
+		return R32(v, registers[reg].mmio);
+	return bytes == 4 ? R32(v, at) : bytes == 2 ? R16(v, at) : R8(v, at);
+}
+
+static void set(struct vdev *v, u32 reg, u32 value)
+{
+	u32 at = registers[reg].pci, bytes = registers[reg].pci_bytes;
+
+	if (v->mmio)
+		R32(v, registers[reg].mmio) = value;
+	else if (bytes == 4)
+		R32(v, at) = value;
+	else if (bytes == 2)
+		R16(v, at) = value;
+	else
+		R8(v, at) = value;
+}
+
+/* Both have the upper half behind the lower one. */
+static void set_address(struct vdev *v, u32 reg, volatile void *p)
+{
+	set(v, reg, (u64)p);
+	R32(v, (v->mmio ? registers[reg].mmio : registers[reg].pci) + 4) = (u64)p >> 32;
+}
+
+/* The nth of those that the command line names. */
+static bool mmio_find(struct vdev *v, u16 virtio_id, u32 nth)
+{
+	u64 at, size;
+
+	for (u32 i = 0; opt_mmio(i, &at, &size); i++) {
+		*v = (struct vdev) {
+			.mmio = true, .common = (u8 *)at, .config = (u8 *)at + MMIO_CONFIG, .config_len = size - MMIO_CONFIG,
+		};
+		if (size <= MMIO_CONFIG || at + size > 1ull << 32)
+			fail("virtio_mmio.device: %lu bytes at 0x%lx", size, at);
+		if (R32(v, MMIO_MAGIC) != 0x74726976 || R32(v, MMIO_VERSION) != 2)
+			fail("0x%lx is no virtio-mmio device of version 2: 0x%x, %u", at, R32(v, MMIO_MAGIC), R32(v, MMIO_VERSION));
+		if (R32(v, MMIO_DEVICE_ID) == virtio_id && nth-- == 0)
+			return true;
+	}
+	memset(v, 0, sizeof(*v));
+	return false;
+}
+
 bool vdev_find(struct vdev *v, u16 virtio_id, u32 nth)
 {
+	if (machine_mmio())
+		return mmio_find(v, virtio_id, nth);
 	memset(v, 0, sizeof(*v));
 	if (!pci_find_virtio(virtio_id, nth, &v->pci))
 		return false;
@@ -42,27 +102,27 @@ bool vdev_find(struct vdev *v, u16 virtio_id, u32 nth)
 
 void vdev_reset(struct vdev *v)
 {
-	R8(v, C_STATUS) = 0;
-	for (u64 t = now_ns(); R8(v, C_STATUS); relax())
+	set(v, STATUS, 0);
+	for (u64 t = now_ns(); get(v, STATUS); relax())
 		if (now_ns() - t > 10000000000ull)
 			fail("device does not finish its reset");
 }
 
 bool vdev_negotiate(struct vdev *v, u64 wanted)
 {
-	R8(v, C_STATUS) = 1;
-	R8(v, C_STATUS) = 3;
-	R32(v, C_DFSELECT) = 0;
-	v->offered = R32(v, C_DF);
-	R32(v, C_DFSELECT) = 1;
-	v->offered |= (u64)R32(v, C_DF) << 32;
+	set(v, STATUS, 1);
+	set(v, STATUS, 3);
+	set(v, DF_SELECT, 0);
+	v->offered = get(v, DF);
+	set(v, DF_SELECT, 1);
+	v->offered |= (u64)get(v, DF) << 32;
 	v->features = v->offered & wanted;
-	R32(v, C_GFSELECT) = 0;
-	R32(v, C_GF) = v->features;
-	R32(v, C_GFSELECT) = 1;
-	R32(v, C_GF) = v->features >> 32;
-	R8(v, C_STATUS) = 11;
-	return R8(v, C_STATUS) & 8;
+	set(v, GF_SELECT, 0);
+	set(v, GF, v->features);
+	set(v, GF_SELECT, 1);
+	set(v, GF, v->features >> 32);
+	set(v, STATUS, 11);
+	return get(v, STATUS) & 8;
 }
 
 void vq_setup(struct vq *q, struct vdev *v, u16 index, void *used_page)
@@ -71,8 +131,8 @@ void vq_setup(struct vq *q, struct vdev *v, u16 index, void *used_page)
 
 	*q = (struct vq) { .dev = v, .index = index };
 	memset(page, 0, PAGE);
-	R16(v, C_QSEL) = index;
-	q->size = MIN(R16(v, C_QSIZE), QMAX);
+	set(v, Q_SELECT, index);
+	q->size = MIN(get(v, Q_MAX), QMAX);
 	if (!q->size)
 		fail("virtio queue %u does not exist", index);
 	q->n_free = q->size;
@@ -92,27 +152,28 @@ void vq_announce(struct vq *q)
 {
 	struct vdev *v = q->dev;
 
-	R16(v, C_QSEL) = q->index;
-	R16(v, C_QSIZE) = q->size;
-	R16(v, C_QMSIX) = 0xffff;
-	R32(v, C_QDESC) = (u64)q->desc;
-	R32(v, C_QDESC + 4) = 0;
-	R32(v, C_QAVAIL) = (u64)q->avail;
-	R32(v, C_QAVAIL + 4) = 0;
-	R32(v, C_QUSED) = (u64)q->used;
-	R32(v, C_QUSED + 4) = 0;
-	q->notify = (volatile u16 *)(v->notify_base + R16(v, C_QNOTIFY) * v->notify_mult);
-	R16(v, C_QENABLE) = 1;
+	set(v, Q_SELECT, q->index);
+	set(v, Q_SIZE, q->size);
+	set_address(v, Q_DESC, q->desc);
+	set_address(v, Q_AVAIL, q->avail);
+	set_address(v, Q_USED, q->used);
+	if (v->mmio) {
+		q->notify = v->common + MMIO_Q_NOTIFY;
+	} else {
+		R16(v, PCI_Q_MSIX) = 0xffff;
+		q->notify = v->notify_base + R16(v, PCI_Q_NOTIFY) * v->notify_mult;
+	}
+	set(v, Q_ENABLE, 1);
 }
 
 void vdev_ok(struct vdev *v)
 {
-	R8(v, C_STATUS) = 15;
+	set(v, STATUS, 15);
 }
 
 u8 vdev_status(struct vdev *v)
 {
-	return R8(v, C_STATUS);
+	return get(v, STATUS);
 }
 
 u64 vdev_config(struct vdev *v, u32 offset, u32 size)
@@ -193,7 +254,10 @@ int vq_add_indirect(struct vq *q, struct desc *table, const struct sg *sg, u32 n
 void vq_kick(struct vq *q)
 {
 	mb();
-	*q->notify = q->index;
+	if (q->dev->mmio)
+		*(volatile u32 *)q->notify = q->index;
+	else
+		*(volatile u16 *)q->notify = q->index;
 }
 
 bool vq_pop(struct vq *q, u32 *head, u32 *len)
