@@ -18,6 +18,11 @@ SLOW_DISK = ("-blockdev",
              "null-co,node-name=slow,read-zeroes=on,latency-ns=1000000000",
              "-device", "virtio-blk-pci,drive=slow")
 
+# What is left of a PC in a small VMM. QEMU names the devices on the command
+# line.
+SMALL = "microvm,acpi=off,pic=off,pit=off,rtc=off"
+MMIO = ("-global", "virtio-mmio.force-legacy=false")
+
 
 class BareMetal(BareMetalTest):
     """One method for each test of the guest.
@@ -217,3 +222,31 @@ class Drop(BareMetal):
     """
 
     policy = "drop"
+
+
+class Mmio(BareMetalTest):
+    """The guard by virtio-mmio, in a machine without PCI, fw_cfg and PIT.
+
+    :avocado: tags=tcg,kvm
+    """
+
+    def check(self, test, *words, smp=1, devices=(), **options):
+        return super().check(test, f"cpus={smp}", *words, smp=smp,
+                             devices=[*MMIO, *devices], machine=SMALL,
+                             device="vhost-user-guard", **options)
+
+    def test_machine(self):
+        self.check("machine", smp=2, devices=("-device", "virtio-rng-device"))
+
+    def test_probe(self):
+        self.check("probe")
+
+    def test_lock_cpl0(self):
+        self.check("lock-cpl0")
+
+    def test_kernel_protect(self):
+        """The third queue, too."""
+        self.check("kernel-protect")
+
+    def test_race(self):
+        self.check("race", "rounds=5", smp=2)

@@ -95,7 +95,8 @@ class Vm:
 
     def __init__(self, host, accel, directory, extra=(), *, companion=None,
                  control=None, policy="inject", fault="gp", memory=256, smp=1,
-                 machine="q35", bios="qboot.rom", cpu=None, reboot=True):
+                 machine="q35", bios="qboot.rom", cpu=None, reboot=True,
+                 device="vhost-user-guard-pci"):
         self.host = host
         Vm.count += 1
         self.name = f"vm-{Vm.count}"
@@ -116,12 +117,13 @@ class Vm:
         if companion:
             command += self.guard_arguments(companion.socket,
                                             control or companion.control,
-                                            policy, fault)
+                                            policy, fault, device)
         self.process = host.spawn([*command, *extra], name=self.name)
         self._qmp = None
 
     @staticmethod
-    def guard_arguments(socket, control, policy, fault="gp"):
+    def guard_arguments(socket, control, policy, fault="gp",
+                        device="vhost-user-guard-pci"):
         """The feature's flags."""
         return ["-chardev", f"socket,id=guard,path={socket},reconnect-ms=100",
                 "-chardev",
@@ -129,7 +131,7 @@ class Vm:
                 "-object",
                 f"vm-guard,id=guard0,chardev=guardctl,on-violation={policy}"
                 + (f",fault={fault}" if fault != "gp" else ""),
-                "-device", "vhost-user-guard-pci,chardev=guard,guard=guard0"]
+                "-device", f"{device},chardev=guard,guard=guard0"]
 
     @property
     def console(self):
