@@ -7,6 +7,7 @@
 //! of how the VMM runs its vCPUs but what [`Vcpus`] says.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -45,6 +46,10 @@ pub trait Vcpus: Send + Sync {
     ///
     /// Called by [`KvmVm`]'s own thread, which holds no lock.
     fn while_out(&self, work: &mut dyn FnMut());
+
+    /// KVM has refused to give back a memslot that it had: the guest has lost memory, or what is in
+    /// force is not what was said. The VM must not run on.
+    fn give_up(&self);
 }
 
 /// What an embedder chooses.
@@ -104,7 +109,7 @@ struct Shared {
     state: Mutex<State>,
     inbox: Mutex<Inbox>,
     filled: Condvar,
-    emptied: Condvar,
+    reset: Condvar,
 }
 
 /// What is in force. Changed by the one thread only, while all vCPUs are out.
@@ -113,14 +118,26 @@ struct State {
     generation: u64,
     pages: Table,
     slots: Slots,
+    /// KVM's memslots are not `slots`: nothing can be said of the VM any more.
+    broken: bool,
 }
 
 #[derive(Default)]
 struct Inbox {
     tasks: VecDeque<Task>,
     violations: Violations,
-    busy: bool,
+    /// There is a thread that serves tasks.
+    served: bool,
     ends: bool,
+    resets_asked: u64,
+    resets_done: u64,
+}
+
+impl Inbox {
+    /// What is to be done next: a guest that violates as fast as it can does not hold up tasks.
+    fn next(&mut self) -> (VecDeque<Violation>, Option<Task>) {
+        (self.violations.take(), self.tasks.pop_front())
+    }
 }
 
 enum Task {
@@ -132,6 +149,14 @@ enum Task {
     State(u64),
     CatchUp(u64),
     Reset,
+}
+
+/// How a change of memslots has failed.
+enum Failed {
+    /// They are what they were.
+    AsBefore,
+    /// They are neither that nor what they should be.
+    Broken,
 }
 
 /// A status and the entry that it is about.
@@ -165,6 +190,7 @@ impl KvmVm {
             generation: 1,
             pages: Table::default(),
             slots,
+            broken: false,
         };
         Ok(Self {
             shared: Arc::new(Shared {
@@ -173,7 +199,7 @@ impl KvmVm {
                 state: Mutex::new(state),
                 inbox: Mutex::default(),
                 filled: Condvar::new(),
-                emptied: Condvar::new(),
+                reset: Condvar::new(),
             }),
         })
     }
@@ -185,22 +211,35 @@ impl KvmVm {
     /// There is no thread to be had.
     pub fn start(&self, events: Weak<dyn VmEvents>, vcpus: Arc<dyn Vcpus>) -> std::io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        let run = move || shared.run(&events, &*vcpus);
+        self.shared.inbox().served = true;
+        let serving = Serving(Arc::clone(&shared));
+        let run = move || {
+            // However it ends, nobody waits for it then.
+            let _serving = serving;
+            shared.run(&events, &*vcpus);
+        };
         thread::Builder::new().name("kvm-guard".into()).spawn(run)?;
         Ok(())
     }
 
-    /// The VM is being reset: nothing that the guest asked for is in force when this returns. The vCPUs
-    /// may stand still already. Not to be called from [`Vcpus::while_out`].
+    /// The VM is being reset: nothing that the guest asked for is in force when this returns, unless
+    /// [`Vcpus::give_up`] was called. The vCPUs may stand still already. Not to be called from
+    /// [`Vcpus`].
     pub fn reset(&self) {
-        self.shared.put(Task::Reset);
-        let inbox = self.shared.inbox();
+        let mut inbox = self.shared.inbox();
+        if !inbox.served {
+            // Nothing was asked for, or whoever could ask is gone.
+            return;
+        }
+        inbox.resets_asked += 1;
+        let this = inbox.resets_asked;
+        inbox.tasks.push_back(Task::Reset);
+        self.shared.filled.notify_one();
+        let done = |inbox: &mut Inbox| inbox.served && inbox.resets_done < this;
         drop(
             self.shared
-                .emptied
-                .wait_while(inbox, |inbox| {
-                    (inbox.busy || !inbox.tasks.is_empty()) && !inbox.ends
-                })
+                .reset
+                .wait_while(inbox, done)
                 .unwrap_or_else(PoisonError::into_inner),
         );
     }
@@ -218,7 +257,16 @@ impl Drop for KvmVm {
     fn drop(&mut self) {
         self.shared.inbox().ends = true;
         self.shared.filled.notify_all();
-        self.shared.emptied.notify_all();
+    }
+}
+
+/// The thread is there.
+struct Serving(Arc<Shared>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.inbox().served = false;
+        self.0.reset.notify_all();
     }
 }
 
@@ -273,7 +321,7 @@ impl Shared {
         let _ = first.state(0, generation, in_force);
         drop(first);
         loop {
-            let (task, violation) = {
+            let (violations, task) = {
                 let mut inbox = self
                     .filled
                     .wait_while(self.inbox(), |inbox| {
@@ -283,24 +331,18 @@ impl Shared {
                 if inbox.ends {
                     return;
                 }
-                inbox.busy = true;
-                // What was seen before an answer is told before it.
-                match inbox.violations.take() {
-                    Some(violation) => (None, Some(violation)),
-                    None => (inbox.tasks.pop_front(), None),
-                }
+                inbox.next()
             };
             let Some(events) = events.upgrade() else {
                 return;
             };
-            if let Some(violation) = violation {
+            // What was seen before an answer is told before it.
+            for violation in violations {
                 events.violation(violation);
             }
             if let Some(task) = task {
                 self.serve(task, &*events, vcpus);
             }
-            self.inbox().busy = false;
-            self.emptied.notify_all();
         }
     }
 
@@ -352,8 +394,11 @@ impl Shared {
             }
             Task::CatchUp(seq) => events.caught_up(seq),
             Task::Reset => {
-                let generation = self.reset(vcpus);
-                events.reset(generation);
+                if let Some(generation) = self.reset(vcpus) {
+                    events.reset(generation);
+                }
+                self.inbox().resets_done += 1;
+                self.reset.notify_all();
             }
         }
     }
@@ -365,6 +410,9 @@ impl Shared {
         vcpus: &dyn Vcpus,
     ) -> Result<(), Refused> {
         let state = self.state();
+        if state.broken {
+            return Err((EIO, None));
+        }
         if state.generation != generation {
             return Err((ESTALE, None));
         }
@@ -417,18 +465,26 @@ impl Shared {
         let mut result = Err((EIO, None));
         vcpus.while_out(&mut || {
             if let Some(plan) = plan.take() {
-                result = self.change_slots(&plan);
-                if result.is_ok() {
-                    let mut state = self.state();
-                    state.slots.apply(plan);
-                    pages.apply(&mut state.pages);
+                let changed = self.change_slots(&plan);
+                let mut state = self.state();
+                match changed {
+                    Ok(()) => {
+                        state.slots.apply(plan);
+                        pages.apply(&mut state.pages);
+                        result = Ok(());
+                    }
+                    Err(Failed::AsBefore) => {}
+                    Err(Failed::Broken) => state.broken = true,
                 }
             }
         });
+        if self.state().broken {
+            vcpus.give_up();
+        }
         result
     }
 
-    fn change_slots(&self, plan: &Plan) -> Result<(), Refused> {
+    fn change_slots(&self, plan: &Plan) -> Result<(), Failed> {
         for (done, &op) in plan.ops().iter().enumerate() {
             let Err(error) = self.memslots.carry_out(op) else {
                 continue;
@@ -439,38 +495,49 @@ impl Shared {
                     log_limited!(
                         FAILED,
                         Error,
-                        "KVM refuses a memslot that was there before: {error}; the guest has lost memory"
+                        "KVM refuses a memslot that was there before: {error}; the VM is given up"
                     );
+                    return Err(Failed::Broken);
                 }
             }
-            return Err((EIO, None));
+            return Err(Failed::AsBefore);
         }
         Ok(())
     }
 
-    /// Frees everything; returns the new generation.
-    fn reset(&self, vcpus: &dyn Vcpus) -> u64 {
+    /// Frees everything; returns the new generation, unless KVM does not let it.
+    fn reset(&self, vcpus: &dyn Vcpus) -> Option<u64> {
         let state = self.state();
-        let frames: Vec<_> = state
-            .pages
-            .iter()
-            .map(|held| Frames {
-                range: held.range,
-                readonly: false,
-            })
-            .collect();
-        let plan = state.slots.plan(&frames);
+        let freed = state.pages.iter().map(|held| Frames {
+            range: held.range,
+            readonly: false,
+        });
+        let plan = state.slots.plan(&freed.collect::<Vec<_>>());
+        let broken = state.broken;
         drop(state);
-        let done = plan
-            .map_err(|_| (EIO, None))
-            .and_then(|plan| self.put_in_force(plan, Pages::Freed, vcpus));
-        if done.is_err() {
-            log_limited!(FAILED, Error, "protections could not be freed by a reset");
-        }
-        self.inbox().violations.clear();
+        let done = match plan {
+            Ok(plan) if !broken => self.put_in_force(plan, Pages::Freed, vcpus),
+            _ => Err((EIO, None)),
+        };
         let mut state = self.state();
+        if done.is_err() {
+            // A guest that begins anew among the locks of the one before would be told lies.
+            log_limited!(
+                FAILED,
+                Error,
+                "a reset cannot free what was locked; the VM is given up"
+            );
+            if !mem::replace(&mut state.broken, true) {
+                drop(state);
+                vcpus.give_up();
+            }
+            return None;
+        }
         state.generation += 1;
-        state.generation
+        let generation = state.generation;
+        drop(state);
+        self.inbox().violations.clear();
+        Some(generation)
     }
 
     fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8], rip: Option<u64>) -> Verdict {
@@ -481,6 +548,9 @@ impl Shared {
             return Verdict::NotMine;
         }
         let state = self.state();
+        if state.broken {
+            return Verdict::Shutdown;
+        }
         let held = touched(gpa, data.len()).fold(Attributes::default(), |held, gfn| {
             held.union(state.pages.get(gfn))
         });
@@ -563,4 +633,32 @@ fn touched(gpa: u64, len: usize) -> impl Iterator<Item = Gfn> {
     let pages = GfnRange::of_bytes(gpa, len as u64);
     let numbers = pages.map(|pages| pages.start().number()..=pages.end().number());
     numbers.into_iter().flatten().filter_map(Gfn::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_violations_does_not_hold_up_a_task() {
+        let flood = Violation {
+            access: Access::Write,
+            source: Source::Vcpu(0),
+            target: Target::Memory(0),
+            gva: 0,
+            rip: 0,
+            value: 0,
+            size: 1,
+            times: 1,
+            lost: 0,
+            action: Action::Audit,
+        };
+        let mut inbox = Inbox::default();
+        inbox.violations.push(flood);
+        inbox.tasks.push_back(Task::State(1));
+        let (violations, task) = inbox.next();
+        assert_eq!(violations, [flood]);
+        assert!(matches!(task, Some(Task::State(1))));
+        assert!(inbox.violations.is_empty());
+    }
 }
