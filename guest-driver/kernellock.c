@@ -117,8 +117,8 @@ static int guard_part_find(unsigned int which, u64 attributes,
 static int guard_kernellock_find(struct guard_kernellock *lock, u64 offered)
 {
 	unsigned int i;
+	int err, first_err = 0;
 	u32 n;
-	int err;
 
 	lock->count = 0;
 	memset(lock->parts, 0, sizeof(lock->parts));
@@ -135,14 +135,14 @@ static int guard_kernellock_find(struct guard_kernellock *lock, u64 offered)
 				      &lock->ranges[part->first], &part->count);
 		if (err) {
 			part->count = 0;
-			return err;
+			first_err = first_err ?: err;
 		}
 		lock->count += part->count;
 		for (n = part->first; n < lock->count; n++)
 			part->pages += lock->ranges[n].gfn_end -
 				       lock->ranges[n].gfn_start + 1;
 	}
-	return 0;
+	return first_err;
 }
 
 /* Pages of @range that are locked with all of its attributes. */
