@@ -12,17 +12,18 @@
 // Counting what is allocated takes an allocator.
 #![allow(unsafe_code)]
 
+mod common;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashSet;
 use std::error::Error;
 use std::fs::File;
-use std::hint::black_box;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use common::{median, micros};
 use criterion::{Criterion, Throughput};
-use rustix::time::{ClockId, clock_gettime};
 use vhost_guard::paging::{Levels, Limits, Paging, Space, collective, walk};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
@@ -298,21 +299,6 @@ fn ratios() {
 }
 
 /// Time that this thread had a CPU: others want it, too.
-fn micros<T>(run: impl FnOnce() -> T) -> f64 {
-    let now = || {
-        let now = clock_gettime(ClockId::ThreadCPUTime);
-        now.tv_sec as f64 * 1e6 + now.tv_nsec as f64 / 1e3
-    };
-    let start = now();
-    black_box(run());
-    now() - start
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 static HEAP: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 

@@ -6,11 +6,13 @@
 //!
 //! `ROUNDS` is how many runs each figure of that table is the median of.
 
+mod common;
+
 use std::hint::black_box;
 use std::time::Duration;
 
+use common::{median, micros};
 use criterion::{BatchSize, Criterion, Throughput};
-use rustix::time::{ClockId, clock_gettime};
 use vhost_guard::protect::GfnRange;
 use vhost_guard::vm::kvm::slots::{Frames, Region, Slots};
 
@@ -131,21 +133,6 @@ fn table() {
 }
 
 /// Time that this thread had a CPU: others want it, too.
-fn micros<T>(run: impl FnOnce() -> T) -> f64 {
-    let now = || {
-        let now = clock_gettime(ClockId::ThreadCPUTime);
-        now.tv_sec as f64 * 1e6 + now.tv_nsec as f64 / 1e3
-    };
-    let start = now();
-    black_box(run());
-    now() - start
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     times(&mut criterion);

@@ -815,15 +815,17 @@ fn a_vm_goes_on_when_the_walk_fails() {
     let s = vm(&kernel(4));
     let socket = s.companion.socket_path();
     let monitor = Monitor::of_vm(true);
-    let output = pagetable(&[
-        &"--socket-path",
-        &socket,
-        &"--qmp",
-        &monitor.path,
-        &"--pause",
-        &"--root",
-        &"1T",
-    ]);
+    let paused = |monitor: &Monitor, more: &[&dyn AsRef<OsStr>]| {
+        let vm: [&dyn AsRef<OsStr>; 5] = [
+            &"--pause",
+            &"--socket-path",
+            &socket,
+            &"--qmp",
+            &monitor.path,
+        ];
+        pagetable(&[&vm, more].concat())
+    };
+    let output = paused(&monitor, &[&"--root", &"1T"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("is the root right"));
     assert_eq!(monitor.commands().last().unwrap(), "cont");
@@ -834,13 +836,7 @@ fn a_vm_goes_on_when_the_walk_fails() {
         "human-monitor-command" => None,
         _ => Some(json!({})),
     });
-    let output = pagetable(&[
-        &"--socket-path",
-        &socket,
-        &"--qmp",
-        &monitor.path,
-        &"--pause",
-    ]);
+    let output = paused(&monitor, &[]);
     assert!(text(&output.stderr).contains("QEMU refused human-monitor-command: no?[2J way"));
     assert_eq!(monitor.commands().last().unwrap(), "cont");
 
@@ -850,13 +846,7 @@ fn a_vm_goes_on_when_the_walk_fails() {
         "stop" => None,
         _ => Some(json!({})),
     });
-    let output = pagetable(&[
-        &"--socket-path",
-        &socket,
-        &"--qmp",
-        &monitor.path,
-        &"--pause",
-    ]);
+    let output = paused(&monitor, &[]);
     assert!(text(&output.stderr).contains("QEMU refused stop"));
     assert_eq!(monitor.commands().last().unwrap(), "cont");
 
@@ -867,13 +857,7 @@ fn a_vm_goes_on_when_the_walk_fails() {
         "cont" => None,
         _ => Some(json!({})),
     });
-    let output = pagetable(&[
-        &"--socket-path",
-        &socket,
-        &"--qmp",
-        &monitor.path,
-        &"--pause",
-    ]);
+    let output = paused(&monitor, &[]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("use the monitor's command cont"));
 }
