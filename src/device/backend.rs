@@ -10,15 +10,13 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use log::error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VringMutex};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VringMutex, VringState, VringT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
@@ -29,8 +27,9 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::ring::{LockedVring, Vring};
 use super::wire::{MAX_QUEUE_SIZE, Rights};
-use super::{Device, QUEUES};
+use super::{Device, PATIENCE, QUEUES, features};
 use crate::fd;
 use crate::log_limit::{LogLimit, log_limited};
 
@@ -41,10 +40,6 @@ pub const NUM_QUEUES: usize = QUEUES;
 /// The id under which the worker's epoll reports [`Backend::again`]; ids up to the number of
 /// queues belong to the crate.
 pub const AGAIN: u64 = NUM_QUEUES as u64 + 1;
-
-/// How long GET_FEATURES waits for the control channel to say what this host enforces. QEMU's
-/// main thread waits as long, so what was not sent by then is not coming soon.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// One vhost-user connection to the device.
 pub struct Backend {
@@ -67,7 +62,11 @@ impl Backend {
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> io::Result<Self> {
         let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        device.attach(memory, again.try_clone()?);
+        let call = again.try_clone()?;
+        device.attach(memory, move || {
+            // Fails only when the counter is full, and then the worker is about to wake anyway.
+            let _ = call.write(1);
+        });
         Ok(Self {
             device,
             again,
@@ -126,11 +125,7 @@ impl VhostUserBackend for Backend {
 
     fn features(&self) -> u64 {
         let rights = *self.offered.get_or_init(|| self.device.rights(PATIENCE));
-        rights.features()
-            | 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        features(rights) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn acked_features(&self, features: u64) {
@@ -210,6 +205,34 @@ impl VhostUserBackend for Backend {
             self.device.serve(u32::from(event), Some(vring));
         }
         Ok(())
+    }
+}
+
+impl Vring for VringMutex {
+    fn share(&self) -> Box<dyn Vring> {
+        Box::new(self.clone())
+    }
+
+    fn lock(&self) -> Box<dyn LockedVring + '_> {
+        Box::new(self.get_mut())
+    }
+}
+
+impl LockedVring for MutexGuard<'_, VringState> {
+    fn runs(&self) -> bool {
+        self.get_queue().ready() && self.is_enabled()
+    }
+
+    fn queue_mut(&mut self) -> &mut Queue {
+        self.get_queue_mut()
+    }
+
+    fn has_call(&self) -> bool {
+        self.get_call().is_some()
+    }
+
+    fn call(&self) -> io::Result<()> {
+        self.signal_used_queue()
     }
 }
 

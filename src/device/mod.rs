@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The virtio device: what survives its vhost-user connections, behind one lock.
+//! The virtio device: what survives its front ends, behind one lock.
 //!
-//! Four threads call in: the vring worker and the vhost-user thread through [`backend`], the
-//! control channel's through `VmEvents`, and the one that reads page tables, when it has. Each takes
-//! the device's lock, then that of a vring, and never waits with either held. Knows the enforcer as
-//! a trait, and no socket.
+//! A front end is what brings a driver's queues here: [`backend`] those of a vhost-user connection.
+//! Four threads call in: two of the front end, its worker that serves the vrings and the one that
+//! starts and stops them, the control channel's through `VmEvents`, and the one that reads page
+//! tables, when it has. Each takes the device's lock, then that of a vring, and never waits with
+//! either held. Knows the enforcer and what keeps a vring as traits, and no socket.
 
 pub mod backend;
 mod chain;
@@ -22,14 +23,15 @@ mod walker;
 pub mod wire;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use vhost_user_backend::VringMutex;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::log_limit::{LogLimit, log_limited};
 use crate::msr_policy::PolicyFile;
@@ -39,7 +41,7 @@ use crate::vm::enforcer::{Enforcer, Outcome, VmInfo};
 use control::{Known, Requests};
 use events::Events;
 use in_force::{Change, InForce, describe};
-use ring::{Left, Ring};
+use ring::{Left, Ring, Vring};
 use walk::Progress;
 use walker::{Ended, Take, Walker};
 use wire::{Config, Errno, Lane, Limits, MAX_REQUEST_RANGES, Rights};
@@ -56,8 +58,15 @@ const WALK: u32 = 2;
 /// How many there are.
 const QUEUES: usize = 3;
 
+/// How long a front end that asks what this host can enforce waits for the VM's owner to say so.
+/// QEMU's main thread waits as long, so what was not sent by then is not coming soon.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Violations that are remembered for whoever asks.
 const REMEMBERED: usize = 64;
+
+/// Has the vring worker look at the rings without a kick. Called with the device's lock held.
+type Again = dyn Fn() + Send;
 
 /// The device.
 pub struct Device {
@@ -143,12 +152,11 @@ struct UnderWay {
     orphaned: bool,
 }
 
-/// A vhost-user connection.
-#[derive(Debug)]
+/// Who serves a driver: a vhost-user connection, say.
 struct FrontEnd {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// Calls the vring worker.
-    again: EventFd,
+    again: Box<Again>,
     /// By queue, those that were ever seen to run.
     rings: [Option<Ring>; QUEUES],
     /// Feature bits that the driver negotiated.
@@ -199,12 +207,16 @@ impl Device {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A vhost-user connection is waited for. `again` is written to when the vring worker is to look
-    /// at the rings without a kick.
-    fn attach(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>, again: EventFd) {
+    /// A front end is waited for. `again` is called, with the device's lock held, when the vring
+    /// worker is to look at the rings without a kick.
+    fn attach(
+        &self,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        again: impl Fn() + Send + 'static,
+    ) {
         let front_end = FrontEnd {
             memory,
-            again,
+            again: Box::new(again),
             rings: Default::default(),
             features: 0,
             in_use: false,
@@ -212,7 +224,7 @@ impl Device {
         self.lock().front_end = Some(front_end);
     }
 
-    /// The vhost-user connection has ended, and its threads with it.
+    /// The front end is gone, or looks at no ring any more.
     fn detach(&self) {
         let mut state = self.lock();
         for lane in Lane::ALL {
@@ -283,12 +295,12 @@ impl Device {
     }
 
     /// Looks at a queue that was kicked or started.
-    fn serve(&self, queue: u32, vring: Option<&VringMutex>) {
+    fn serve(&self, queue: u32, vring: Option<&dyn Vring>) {
         let mut state = self.lock();
         if let (Some(vring), Some(front_end)) = (vring, &mut state.front_end)
             && let Some(ring) = front_end.rings.get_mut(queue as usize)
         {
-            ring.get_or_insert_with(|| Ring::new(NAMES[queue as usize], vring.clone()));
+            ring.get_or_insert_with(|| Ring::new(NAMES[queue as usize], vring.share()));
         }
         match queue {
             CONTROL => state.serve_lane(Lane::Control, &*self.enforcer),
@@ -335,6 +347,16 @@ impl Device {
                 }
             }
         }
+    }
+}
+
+impl fmt::Debug for FrontEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FrontEnd")
+            .field("rings", &self.rings)
+            .field("features", &self.features)
+            .field("in_use", &self.in_use)
+            .finish_non_exhaustive()
     }
 }
 
@@ -407,8 +429,7 @@ impl State {
     /// Has the vring worker look at the rings.
     fn again(&self) {
         if let Some(front_end) = &self.front_end {
-            // Fails only when the counter is full, and then the worker is about to wake anyway.
-            let _ = front_end.again.write(1);
+            (front_end.again)();
         }
     }
 
@@ -615,6 +636,14 @@ impl State {
             );
         }
     }
+}
+
+/// The feature bits that a host with these rights offers.
+fn features(rights: Rights) -> u64 {
+    rights.features()
+        | 1 << VIRTIO_F_VERSION_1
+        | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        | 1 << VIRTIO_RING_F_EVENT_IDX
 }
 
 /// Names of the queues, for the log.

@@ -6,9 +6,9 @@
 //! alone, with one log line, until a kick finds it in order or it is started anew.
 
 use std::fmt;
+use std::io;
 use std::sync::atomic::Ordering;
 
-use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, Permissions};
 
@@ -48,10 +48,35 @@ pub(super) enum Left {
     Chains,
 }
 
+/// Where a front end keeps a queue, and how it reaches the driver. It may be started and stopped
+/// there while nobody looks; who stops it says so by `Device::stop`.
+pub(super) trait Vring: Send {
+    /// Another handle of the same.
+    fn share(&self) -> Box<dyn Vring>;
+
+    /// Takes its lock, for as long as the result lives. Who calls may hold the device's lock, so
+    /// who holds this one may not ask for that.
+    fn lock(&self) -> Box<dyn LockedVring + '_>;
+}
+
+/// A [`Vring`] whose lock is held.
+pub(super) trait LockedVring {
+    /// Whether it is started and enabled.
+    fn runs(&self) -> bool;
+
+    fn queue_mut(&mut self) -> &mut Queue;
+
+    /// Whether there is somebody to be interrupted.
+    fn has_call(&self) -> bool;
+
+    /// Interrupts the guest, if there is somebody to be interrupted. Does not wait.
+    fn call(&self) -> io::Result<()>;
+}
+
 /// A ring of the connection.
 pub(super) struct Ring {
     name: &'static str,
-    vring: VringMutex,
+    vring: Box<dyn Vring>,
     /// Nothing was done with it since it was started.
     fresh: bool,
     broken: bool,
@@ -75,7 +100,7 @@ pub(super) struct Popped<'a> {
 }
 
 impl Ring {
-    pub(super) fn new(name: &'static str, vring: VringMutex) -> Self {
+    pub(super) fn new(name: &'static str, vring: Box<dyn Vring>) -> Self {
         Self {
             name,
             vring,
@@ -86,8 +111,7 @@ impl Ring {
 
     /// Whether the front end has started it.
     pub(super) fn runs(&self) -> bool {
-        let vring = self.vring.get_ref();
-        vring.get_queue().ready() && vring.is_enabled()
+        self.vring.lock().runs()
     }
 
     /// Does `work` with the ring, if it runs, and interrupts the guest if that is due.
@@ -97,14 +121,13 @@ impl Ring {
         table: &Table,
         work: impl FnOnce(&mut Turn<'_>) -> Result<Left, Fault>,
     ) -> Left {
-        let mut vring = self.vring.get_mut();
-        if !vring.get_queue().ready() || !vring.is_enabled() {
+        let mut vring = self.vring.lock();
+        if !vring.runs() {
             return Left::Nothing;
         }
         let memory = memory.memory();
         let guest = Guarded::new(&memory, table);
-        let queue = vring.get_queue_mut();
-        let mut turn = Turn::new(queue, &guest);
+        let mut turn = Turn::new(vring.queue_mut(), &guest);
         let outcome = if self.fresh && !turn.queue.is_valid(guest.memory()) {
             Err(Fault::Outside)
         } else {
@@ -113,10 +136,11 @@ impl Ring {
         let gave_back = turn.gave_back;
         // A companion that was killed may have given chains back and not said so. One interrupt
         // too many does no harm.
-        let announce = self.fresh && vring.get_call().is_some();
-        let due = gave_back && vring.needs_notification().unwrap_or(true);
+        let announce = self.fresh && vring.has_call();
+        let queue = vring.queue_mut();
+        let due = gave_back && queue.needs_notification(&guest).unwrap_or(true);
         if (due || announce)
-            && let Err(e) = vring.signal_used_queue()
+            && let Err(e) = vring.call()
         {
             log_limited!(
                 BROKEN,
@@ -147,7 +171,7 @@ impl Ring {
                 // So that a guest that mends it can say so. If that fails too, nothing is lost. It
                 // writes to the used ring and reads the avail ring.
                 if !matches!(fault, Fault::Locked | Fault::Hidden) {
-                    let _ = vring.enable_notification();
+                    let _ = vring.queue_mut().enable_notification(&guest);
                 }
                 Left::Nothing
             }
@@ -158,7 +182,7 @@ impl Ring {
     /// after a SET_VRING_BASE with what GET_VRING_BASE now tells, is the first of them.
     pub(super) fn stopped(&mut self, position: Option<u16>) {
         if let Some(position) = position {
-            self.vring.set_queue_next_avail(position);
+            self.vring.lock().queue_mut().set_next_avail(position);
         }
         self.fresh = true;
         self.broken = false;

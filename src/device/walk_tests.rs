@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use vhost_user_backend::VringT;
+use vhost_user_backend::{VringMutex, VringT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::walker::{Job, Work};
 use super::wire::{MAX_QUEUE_SIZE, QUEUE_SIZE};
@@ -169,7 +169,8 @@ impl Setup {
             ring
         };
         let again = EventFd::new(EFD_NONBLOCK).unwrap();
-        device.attach(memory.clone(), again.try_clone().unwrap());
+        let call = again.try_clone().unwrap();
+        device.attach(memory.clone(), move || call.write(1).unwrap());
         device.set_features(!0);
         let setup = Self {
             owner,
