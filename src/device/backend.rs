@@ -56,17 +56,18 @@ impl Backend {
     ///
     /// # Errors
     ///
-    /// No descriptor is left.
+    /// No descriptor is left, or the device has another front end.
     pub fn new(
         device: Arc<Device>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> io::Result<Self> {
         let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let call = again.try_clone()?;
-        device.attach(memory, move || {
+        let wake = move || {
             // Fails only when the counter is full, and then the worker is about to wake anyway.
             let _ = call.write(1);
-        });
+        };
+        device.attach(memory, wake).map_err(io::Error::other)?;
         Ok(Self {
             device,
             again,

@@ -2,7 +2,8 @@
 
 //! The virtio device: what survives its front ends, behind one lock.
 //!
-//! A front end is what brings a driver's queues here: [`backend`] those of a vhost-user connection.
+//! A front end is what brings a driver's queues here: [`backend`] those of a vhost-user connection,
+//! [`embedded`] those of a transport in this very process.
 //! Four threads call in: two of the front end, its worker that serves the vrings and the one that
 //! starts and stops them, the control channel's through `VmEvents`, and the one that reads page
 //! tables, when it has. Each takes the device's lock, then that of a vring, and never waits with
@@ -11,6 +12,7 @@
 pub mod backend;
 mod chain;
 mod control;
+pub mod embedded;
 mod events;
 mod guarded;
 mod in_force;
@@ -64,6 +66,11 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Violations that are remembered for whoever asks.
 const REMEMBERED: usize = 64;
+
+/// The device has a front end already, and can have one only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the device has another front end")]
+pub struct InUse;
 
 /// Has the vring worker look at the rings without a kick. Called with the device's lock held.
 type Again = dyn Fn() + Send;
@@ -157,7 +164,7 @@ struct FrontEnd {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// Calls the vring worker.
     again: Box<Again>,
-    /// By queue, those that were ever seen to run.
+    /// By queue, those that the front end has.
     rings: [Option<Ring>; QUEUES],
     /// Feature bits that the driver negotiated.
     features: u64,
@@ -209,11 +216,15 @@ impl Device {
 
     /// A front end is waited for. `again` is called, with the device's lock held, when the vring
     /// worker is to look at the rings without a kick.
+    ///
+    /// # Errors
+    ///
+    /// There is another.
     fn attach(
         &self,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         again: impl Fn() + Send + 'static,
-    ) {
+    ) -> Result<(), InUse> {
         let front_end = FrontEnd {
             memory,
             again: Box::new(again),
@@ -221,7 +232,12 @@ impl Device {
             features: 0,
             in_use: false,
         };
-        self.lock().front_end = Some(front_end);
+        let mut state = self.lock();
+        if state.front_end.is_some() {
+            return Err(InUse);
+        }
+        state.front_end = Some(front_end);
+        Ok(())
     }
 
     /// The front end is gone, or looks at no ring any more.
@@ -294,13 +310,16 @@ impl Device {
         }
     }
 
-    /// Looks at a queue that was kicked or started.
+    /// The front end has this queue. Until it does, the queue is not looked at.
+    fn add_ring(&self, queue: u32, vring: &dyn Vring) {
+        self.lock().add_ring(queue, vring);
+    }
+
+    /// Looks at a queue that was kicked or started, and adds it first, if it is to.
     fn serve(&self, queue: u32, vring: Option<&dyn Vring>) {
         let mut state = self.lock();
-        if let (Some(vring), Some(front_end)) = (vring, &mut state.front_end)
-            && let Some(ring) = front_end.rings.get_mut(queue as usize)
-        {
-            ring.get_or_insert_with(|| Ring::new(NAMES[queue as usize], vring.share()));
+        if let Some(vring) = vring {
+            state.add_ring(queue, vring);
         }
         match queue {
             CONTROL => state.serve_lane(Lane::Control, &*self.enforcer),
@@ -418,6 +437,14 @@ impl State {
         match lane {
             Lane::Control => &mut self.control,
             Lane::Walk => &mut self.walk,
+        }
+    }
+
+    fn add_ring(&mut self, queue: u32, vring: &dyn Vring) {
+        if let Some(front_end) = &mut self.front_end
+            && let Some(ring) = front_end.rings.get_mut(queue as usize)
+        {
+            ring.get_or_insert_with(|| Ring::new(NAMES[queue as usize], vring.share()));
         }
     }
 

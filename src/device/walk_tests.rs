@@ -170,7 +170,9 @@ impl Setup {
         };
         let again = EventFd::new(EFD_NONBLOCK).unwrap();
         let call = again.try_clone().unwrap();
-        device.attach(memory.clone(), move || call.write(1).unwrap());
+        device
+            .attach(memory.clone(), move || call.write(1).unwrap())
+            .unwrap();
         device.set_features(!0);
         let setup = Self {
             owner,

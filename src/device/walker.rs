@@ -297,7 +297,8 @@ impl Shared {
     }
 }
 
-fn what_was_said(panic: &(dyn Any + Send)) -> &str {
+/// What a panic says of itself.
+pub(super) fn what_was_said(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("it did not say why")

@@ -11,7 +11,8 @@ use std::fmt;
 use crate::protect::msr::{self, Policy as HostPolicy};
 use crate::protect::{Demand, Deny, Table};
 
-/// Takes requests to the owner of the VM. All methods hand over and return at once.
+/// Takes requests to the owner of the VM. All methods hand over and return at once: they are called
+/// with the device's lock held, for which a call of [`VmEvents`] from within would wait for ever.
 pub trait Enforcer: Send + Sync {
     /// Asks that `demand` be carried out, whole or not at all. It was planned on what the owner of
     /// the VM was last heard of to have in force, and found not to loosen what is immutable; the

@@ -77,17 +77,26 @@ impl Guest {
             Some(file),
         )])
         .unwrap();
+        Self::starting_on(memory)
+    }
+
+    /// A driver that starts on this memory, with empty rings.
+    pub fn starting_on(memory: GuestMemoryMmap) -> Self {
         let queue = |base| Queue {
             base,
             avail: 0,
             used: 0,
             next_slot: 0,
         };
-        Self {
+        let guest = Self {
             memory,
             queues: [queue(0x10000), queue(0x20000), queue(0x38000)],
             used_heads: Vec::new(),
+        };
+        for queue in 0..3 {
+            guest.write_bytes(guest.queues[queue].base, &[0; 0x3000]);
         }
+        guest
     }
 
     pub fn descriptors_at(&self, queue: usize) -> u64 {

@@ -13,6 +13,7 @@ pub mod front_end;
 pub mod guest;
 pub mod kernel;
 pub mod msr;
+pub mod owner;
 pub mod qmp;
 pub mod tables;
 pub mod vm_guard;
