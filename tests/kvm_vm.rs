@@ -18,7 +18,7 @@ use vhost_guard::vm::enforcer::{
     Action, Enforcer, HostPolicyOutcome, InForce, Outcome, Policy, Target, Unexpected, Violation,
     VmEvents, VmInfo,
 };
-use vhost_guard::vm::kvm::{KvmVm, Options, Vcpus, Verdict};
+use vhost_guard::vm::kvm::{KvmVcpu, KvmVm, Options, Vcpus, Verdict};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
@@ -142,7 +142,7 @@ impl Vcpus for Door {
 struct Machine {
     kvm_vm: Arc<KvmVm>,
     memory: Arc<GuestMemoryMmap>,
-    vcpu: Option<VcpuFd>,
+    vcpu: Option<(VcpuFd, KvmVcpu)>,
     door: Arc<Door>,
     heard: Receiver<Heard>,
     ear: Arc<dyn VmEvents>,
@@ -210,9 +210,9 @@ impl Machine {
         let weak: Weak<dyn VmEvents> = Arc::downgrade(&ear);
         kvm_vm.start(weak, door.clone()).unwrap();
         let mut machine = Self {
+            vcpu: Some((vcpu, kvm_vm.vcpu(0))),
             kvm_vm: Arc::new(kvm_vm),
             memory,
-            vcpu: Some(vcpu),
             door,
             heard,
             ear,
@@ -275,11 +275,12 @@ impl Machine {
 
     /// Stores a byte; returns the verdicts of its exits, and where the vCPU has stopped.
     fn store(&mut self, gpa: u64, value: u8) -> (Vec<Verdict>, u64) {
-        let vcpu = self.vcpu.as_mut().unwrap();
+        let (vcpu, guarded) = self.vcpu.as_mut().unwrap();
         start(vcpu, gpa, value);
         let mut verdicts = Vec::new();
         loop {
             self.door.enter();
+            guarded.before_run(vcpu).unwrap();
             let exit = vcpu.run();
             self.door.leave();
             match exit {
@@ -287,14 +288,7 @@ impl Machine {
                     let rip = vcpu.get_regs().unwrap().rip;
                     return (verdicts, rip);
                 }
-                Ok(VcpuExit::MmioWrite(gpa, data)) => {
-                    let data = data.to_vec();
-                    let verdict = self.kvm_vm.mmio_write(0, gpa, &data, None);
-                    verdicts.push(verdict);
-                    if verdict == Verdict::Fault {
-                        fault(vcpu);
-                    }
-                }
+                Ok(VcpuExit::MmioWrite(..)) => verdicts.push(guarded.after_exit(vcpu)),
                 other => panic!("{other:?}"),
             }
         }
@@ -362,19 +356,6 @@ fn start(vcpu: &VcpuFd, gpa: u64, value: u8) {
     vcpu.set_regs(&regs).unwrap();
 }
 
-/// Ends the store, and gives the vCPU a #GP(0).
-fn fault(vcpu: &mut VcpuFd) {
-    vcpu.set_kvm_immediate_exit(1);
-    assert_eq!(vcpu.run().map(|_| ()).unwrap_err().errno(), 4, "EINTR");
-    vcpu.set_kvm_immediate_exit(0);
-    let mut events = vcpu.get_vcpu_events().unwrap();
-    events.exception.injected = 1;
-    events.exception.nr = 13;
-    events.exception.has_error_code = 1;
-    events.exception.error_code = 0;
-    vcpu.set_vcpu_events(&events).unwrap();
-}
-
 #[test]
 fn a_store_to_a_locked_page_does_not_land_and_is_told_of() {
     let Some(mut m) = Machine::new(Policy::Drop) else {
@@ -401,7 +382,7 @@ fn a_store_to_a_locked_page_does_not_land_and_is_told_of() {
 #[test]
 fn the_policy_decides_what_becomes_of_the_vcpu() {
     for (policy, verdict, rip) in [
-        (Policy::Inject, Verdict::Fault, HANDLER + 1),
+        (Policy::Inject, Verdict::Done, HANDLER + 1),
         (Policy::Pause, Verdict::Pause, CODE + 3),
         (Policy::Shutdown, Verdict::Shutdown, CODE + 3),
     ] {
@@ -516,7 +497,7 @@ fn memory_goes_out_of_the_vm_with_its_enforcer() {
         return;
     };
     assert_eq!(m.ask(&lock(page(0)..page(1))), (0, None));
-    let mut vcpu = m.vcpu.take().unwrap();
+    let (mut vcpu, _) = m.vcpu.take().unwrap();
     drop(m);
     // Its thread ends a little later.
     let start_time = std::time::Instant::now();
@@ -538,7 +519,7 @@ fn a_vcpu_that_stores_all_the_time_is_stopped_by_an_ok() {
     };
     // All that it has to do is to end KVM_RUN.
     signal_hook::flag::register(SIGRTMIN(), Arc::default()).unwrap();
-    let mut vcpu = m.vcpu.take().unwrap();
+    let (mut vcpu, mut guarded) = m.vcpu.take().unwrap();
     let regs = kvm_regs {
         rip: CODE + 0x100,
         rdi: DATA,
@@ -549,18 +530,18 @@ fn a_vcpu_that_stores_all_the_time_is_stopped_by_an_ok() {
     vcpu.set_regs(&regs).unwrap();
     let ends = Arc::new(AtomicBool::new(false));
     let refused = Arc::new(AtomicU32::new(0));
-    let (door, kvm_vm) = (Arc::clone(&m.door), Arc::clone(&m.kvm_vm));
+    let door = Arc::clone(&m.door);
     let thread = {
         let (ends, refused) = (Arc::clone(&ends), Arc::clone(&refused));
         thread::spawn(move || {
             while !ends.load(Ordering::SeqCst) {
                 door.enter();
+                guarded.before_run(&mut vcpu).unwrap();
                 let exit = vcpu.run();
                 door.leave();
                 match exit {
-                    Ok(VcpuExit::MmioWrite(gpa, data)) => {
-                        let data = data.to_vec();
-                        assert_eq!(kvm_vm.mmio_write(0, gpa, &data, None), Verdict::Done);
+                    Ok(VcpuExit::MmioWrite(..)) => {
+                        assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
                         refused.fetch_add(1, Ordering::SeqCst);
                     }
                     Ok(VcpuExit::Intr) => {}

@@ -5,9 +5,12 @@
 //! [`KvmVm`] enforces on it what the device is asked for, for a VMM that is made with this library.
 //! [`slots`] plans memslots.
 
+mod exit;
 mod memslots;
 pub mod slots;
+mod vcpu;
 mod violations;
 mod vm;
 
-pub use vm::{KvmVm, NewError, Options, Vcpus, Verdict};
+pub use vcpu::{KvmVcpu, Verdict};
+pub use vm::{KvmVm, NewError, Options, Vcpus};

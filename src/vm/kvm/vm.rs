@@ -17,6 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::memslots::Memslots;
 use super::slots::{Frames, Op, Plan, PlanError, RegionsError, Slots};
+use super::vcpu::KvmVcpu;
 use super::violations::Violations;
 use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::{
@@ -83,18 +84,17 @@ pub enum NewError {
     },
 }
 
-/// What a vCPU thread does after an exit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is not about protected memory: the VMM's own devices may know it.
+/// What becomes of an access of a vCPU.
+pub(super) enum Decision {
+    /// It is not about anything protected.
     NotMine,
-    /// It is dealt with: run the vCPU again.
+    /// It is dealt with.
     Done,
-    /// Give the vCPU a #GP(0), and run it again.
+    /// The vCPU gets a #GP(0).
     Fault,
-    /// Stop the VM; the vCPU goes on when it does.
+    /// The VM is to be stopped.
     Pause,
-    /// End the VM.
+    /// The VM is to be ended.
     Shutdown,
 }
 
@@ -103,7 +103,7 @@ pub struct KvmVm {
     shared: Arc<Shared>,
 }
 
-struct Shared {
+pub(super) struct Shared {
     memslots: Memslots,
     options: Options,
     state: Mutex<State>,
@@ -244,12 +244,9 @@ impl KvmVm {
         );
     }
 
-    /// KVM_EXIT_MMIO, a store, by vCPU `vcpu`. `rip` for the report: KVM has moved it past the store,
-    /// but for a `rep` store.
-    ///
-    /// A store to memory that is not denied (it is watched, or not any more) is carried out here.
-    pub fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8], rip: Option<u64>) -> Verdict {
-        self.shared.mmio_write(vcpu, gpa, data, rip)
+    /// The vCPU with this number, for the thread that runs it. To be called once for each.
+    pub fn vcpu(&self, index: u32) -> KvmVcpu {
+        KvmVcpu::new(Arc::clone(&self.shared), index)
     }
 }
 
@@ -540,23 +537,23 @@ impl Shared {
         Some(generation)
     }
 
-    fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8], rip: Option<u64>) -> Verdict {
+    pub(super) fn store(&self, vcpu: u32, gpa: u64, data: &[u8], rip: Option<u64>) -> Decision {
         let memory = self.memslots.memory();
         if data.is_empty()
             || !GuestMemoryBackend::check_range(memory, GuestAddress(gpa), data.len())
         {
-            return Verdict::NotMine;
+            return Decision::NotMine;
         }
         let state = self.state();
         if state.broken {
-            return Verdict::Shutdown;
+            return Decision::Shutdown;
         }
         let held = touched(gpa, data.len()).fold(Attributes::default(), |held, gfn| {
             held.union(state.pages.get(gfn))
         });
         let denied = held.deny().contains(Deny::NOWRITE);
         if !denied && memory.write_slice(data, GuestAddress(gpa)).is_err() {
-            return Verdict::NotMine;
+            return Decision::NotMine;
         }
         drop(state);
         let policy = self.options.on_violation;
@@ -584,11 +581,11 @@ impl Shared {
             self.filled.notify_one();
         }
         match policy {
-            _ if !denied => Verdict::Done,
-            Policy::Inject => Verdict::Fault,
-            Policy::Drop => Verdict::Done,
-            Policy::Pause => Verdict::Pause,
-            Policy::Shutdown => Verdict::Shutdown,
+            _ if !denied => Decision::Done,
+            Policy::Inject => Decision::Fault,
+            Policy::Drop => Decision::Done,
+            Policy::Pause => Decision::Pause,
+            Policy::Shutdown => Decision::Shutdown,
         }
     }
 }
