@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Descriptors that come in as bare numbers. The only unsafe code of the crate.
+//! Descriptors that come in as bare numbers: unsafe code, and nothing else.
 
 #![allow(unsafe_code)]
 

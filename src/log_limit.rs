@@ -81,8 +81,10 @@ macro_rules! log_limited {
 pub(crate) use log_limited;
 
 /// An error followed by its sources, for a log line.
+#[cfg(feature = "companion")]
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn std::error::Error + 'a));
 
+#[cfg(feature = "companion")]
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)?;

@@ -2,13 +2,14 @@
 
 //! The virtio device: what survives its front ends, behind one lock.
 //!
-//! A front end is what brings a driver's queues here: [`backend`] those of a vhost-user connection,
+//! A front end is what brings a driver's queues here: `backend` those of a vhost-user connection,
 //! [`embedded`] those of a transport in this very process.
 //! Four threads call in: two of the front end, its worker that serves the vrings and the one that
 //! starts and stops them, the control channel's through `VmEvents`, and the one that reads page
 //! tables, when it has. Each takes the device's lock, then that of a vring, and never waits with
 //! either held. Knows the enforcer and what keeps a vring as traits, and no socket.
 
+#[cfg(feature = "companion")]
 pub mod backend;
 mod chain;
 mod control;
@@ -683,5 +684,5 @@ fn queue_of(lane: Lane) -> u32 {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "companion"))]
 mod walk_tests;

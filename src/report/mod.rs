@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the host is told of a VM, as JSON: [`events_file`] as it happens, [`status`] when asked.
+//! What the host is told of a VM, as JSON: `events_file` as it happens, `status` when asked.
 //!
 //! Here are the documents, which README.md describes. Knows the device's state by its types, and
 //! changes nothing.
 
+#[cfg(feature = "companion")]
 pub mod events_file;
+#[cfg(feature = "companion")]
 mod memory;
 mod msr_rules;
+#[cfg(feature = "companion")]
 pub mod status;
 
 use jiff::Timestamp;
@@ -16,6 +19,7 @@ use vm_memory::FileOffset;
 
 use crate::protect::{Deny, Protection, Table, msr};
 use crate::vm::enforcer::{Target, Violation, VmInfo};
+#[cfg(feature = "companion")]
 pub use memory::MAX_FILES;
 pub use msr_rules::MsrRule;
 

@@ -2,9 +2,10 @@
 
 //! Who enforces protections on the VM.
 //!
-//! [`enforcer`] is what the device sees; [`qemu`] is QEMU's `vm-guard` object behind the control
+//! [`enforcer`] is what the device sees; `qemu` is QEMU's `vm-guard` object behind the control
 //! channel, [`kvm`] is for a VM that this very process owns. Knows `protect`, and nothing of virtio.
 
 pub mod enforcer;
 pub mod kvm;
+#[cfg(feature = "companion")]
 pub mod qemu;
