@@ -271,7 +271,7 @@ fn a_result_with_another_seq_than_that_under_way_closes_the_connection() {
 fn requests_made_while_the_channel_is_down_wait_for_it() {
     let mut s = Setup::new();
     s.vm_guard.stream.shutdown(Shutdown::Both).unwrap();
-    s.companion.wait_for_log("QEMU disconnected");
+    s.companion.wait_for_log("VM disconnected");
     let head = s.guest.lock(&[(1, 1, NOWRITE)]);
     s.front_end.kick(0);
     assert_eq!(
@@ -289,7 +289,7 @@ fn requests_made_while_the_channel_is_down_wait_for_it() {
 fn nothing_is_sent_before_state() {
     let mut s = Setup::new();
     s.vm_guard.stream.shutdown(Shutdown::Both).unwrap();
-    s.companion.wait_for_log("QEMU disconnected");
+    s.companion.wait_for_log("VM disconnected");
     let head = s.guest.lock(&[(1, 1, NOWRITE)]);
     s.front_end.kick(0);
     s.vm_guard = VmGuard::connect_silently(&s.companion);
@@ -378,7 +378,7 @@ fn another_vm_finds_nothing_of_the_one_before() {
         guest,
     } = s;
     drop((front_end, vm_guard, guest));
-    companion.wait_for_log("QEMU disconnected");
+    companion.wait_for_log("VM disconnected");
     companion.wait_for_log("front end disconnected");
 
     let mut guest = Guest::new();

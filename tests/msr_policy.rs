@@ -88,7 +88,7 @@ fn the_policy_is_announced_and_is_the_next_message_on_each_connection() {
         companion.wait_for_log_lines("MSR rules of rules.toml are in force: rules=5", round);
         vm_guard.assert_silent();
         drop(vm_guard);
-        companion.wait_for_log_lines("QEMU disconnected", round);
+        companion.wait_for_log_lines("VM disconnected", round);
     }
     assert_eq!(companion.log_lines("WARN"), 0, "{}", companion.log());
     assert_eq!(companion.log_lines("ERROR"), 0, "{}", companion.log());
@@ -137,13 +137,13 @@ fn what_qemu_says_to_the_policy_is_told_once_and_is_no_answer_to_anything_else()
             EINVAL,
             99,
             "ERROR",
-            "rules.toml are NOT in force: QEMU refused them: errno=22",
+            "rules.toml are NOT in force: the owner of the VM refused them: errno=22",
         ),
         (
             EIO,
             4,
             "ERROR",
-            "rules.toml:15 are NOT in force: QEMU refused them: errno=5",
+            "rules.toml:15 are NOT in force: the owner of the VM refused them: errno=5",
         ),
     ] {
         let companion = companion_with(FILE);

@@ -148,7 +148,7 @@ fn a_query_that_is_made_while_the_channel_is_down_waits_for_it() {
     let mut s = Setup::able();
     s.carry_out(PROTECT, &[(1, 1, NOWRITE)], 1);
     s.vm_guard.stream.shutdown(Shutdown::Both).unwrap();
-    s.companion.wait_for_log("QEMU disconnected");
+    s.companion.wait_for_log("VM disconnected");
     let query = s.guest.request_with_room(&query_request(0, TOP), 64);
     s.front_end.kick(0);
     wait_for("the query to be taken", || {

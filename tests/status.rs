@@ -147,7 +147,7 @@ fn it_answers_before_during_and_after_a_connection_of_qemu() {
         ..
     } = s;
     drop(vm_guard);
-    companion.wait_for_log("QEMU disconnected");
+    companion.wait_for_log("VM disconnected");
     // What it said last still holds, as far as anybody knows.
     let status = companion.status();
     assert_eq!(
@@ -400,7 +400,7 @@ fn show_says_in_one_line_why_there_is_nothing_to_show() {
     }
     // Its own control socket, while QEMU is not there, greets; other things answer other things.
     drop(_vm_guard);
-    companion.wait_for_log("QEMU disconnected");
+    companion.wait_for_log("VM disconnected");
     let mut answers: Vec<(&[u8], &str)> = vec![
         (b"", "is not a companion's status socket"),
         (b"VGRD", "is not a companion's status socket"),

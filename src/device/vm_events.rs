@@ -32,7 +32,7 @@ fn why_refused(status: u32, names_rule: bool) -> &'static str {
         Some(Errno::Enospc) => {
             "together the rules do not fit into KVM's filter, or pin too many MSRs (docs/msr.md)"
         }
-        _ => "QEMU refused them",
+        _ => "the owner of the VM refused them",
     }
 }
 
@@ -61,7 +61,7 @@ impl VmEvents for Device {
                 log_limited!(
                     CONNECTIONS,
                     Info,
-                    "QEMU connected: accelerator={} deny=\"{}\" audit=\"{}\" \
+                    "VM connected: accelerator={} deny=\"{}\" audit=\"{}\" \
                      generation={generation} ranges_in_force={} msr_ranges_in_force={}",
                     vm.accelerator,
                     vm.deny,
@@ -85,7 +85,7 @@ impl VmEvents for Device {
                 log_limited!(
                     CONNECTIONS,
                     Warn,
-                    "QEMU enforces something else than asked; its word counts"
+                    "the owner of the VM enforces something else than asked; its word counts"
                 );
             }
         } else {
@@ -154,8 +154,8 @@ impl VmEvents for Device {
             HostPolicyOutcome::Others => log_limited!(
                 POLICY,
                 Warn,
-                "MSR rules of {} are NOT in force: the VM keeps those with which its QEMU was \
-                 started; to change them, start QEMU anew",
+                "MSR rules of {} are NOT in force: the VM keeps those with which it was \
+                 started; to change them, start it anew",
                 place(None)
             ),
             HostPolicyOutcome::Refused { status, index } => log_limited!(
@@ -212,7 +212,7 @@ impl VmEvents for Device {
             log_limited!(
                 CONNECTIONS,
                 Info,
-                "QEMU disconnected from the control channel; what is in force stays in force"
+                "VM disconnected: what is in force stays in force"
             );
         }
         state.link = Link::Down;

@@ -60,7 +60,7 @@ pub struct Snapshot {
     pub counters: Counters,
     /// The last violations, oldest first.
     pub violations: Vec<Seen>,
-    /// Guest memory as QEMU has shared it.
+    /// Guest memory as the front end has shared it.
     pub memory: Vec<Ram>,
 }
 
@@ -97,7 +97,7 @@ pub struct Status {
     pub format: u32,
     /// Version of the companion.
     pub companion: String,
-    /// QEMU's `vm-guard` is there. If not, the rest is what it said last.
+    /// The owner of the VM is there. If not, the rest is what it said last.
     pub connected: bool,
     /// What runs the guest; null while no VM is known.
     pub accel: Option<String>,
@@ -208,7 +208,7 @@ pub struct Event {
     pub times: u32,
     /// "inject", "drop", "pause", "shutdown"; "audit" if it went through.
     pub action: String,
-    /// Violations that QEMU could not tell of before this one, in all.
+    /// Violations that the owner of the VM could not tell of before this one, in all.
     pub lost: u64,
 }
 

@@ -178,14 +178,14 @@ impl VmGuard {
 
     /// Connects as the VM that `hello` describes.
     pub fn connect_as(companion: &Companion, hello: &[u8], ranges: &[Range]) -> Self {
-        let greeted = companion.log_lines("QEMU connected:");
+        let greeted = companion.log_lines("VM connected:");
         let mut vm_guard = Self::connect_silently(companion);
         let generation = u64::from_le_bytes(hello[24..32].try_into().unwrap());
         vm_guard.generation = generation;
         vm_guard.send(HELLO, 0, hello);
         vm_guard.send_states(0, generation, ranges);
         vm_guard.in_force = ranges.len() as u32;
-        companion.wait_for_log_lines("QEMU connected:", greeted + 1);
+        companion.wait_for_log_lines("VM connected:", greeted + 1);
         vm_guard
     }
 
@@ -196,13 +196,13 @@ impl VmGuard {
         guest: &[Rule],
         host: &[Rule],
     ) -> Self {
-        let greeted = companion.log_lines("QEMU connected:");
+        let greeted = companion.log_lines("VM connected:");
         let mut vm_guard = Self::connect_silently(companion);
         vm_guard.send(HELLO, 0, hello);
         vm_guard.msrs_in_force = guest.len() as u32;
         vm_guard.send(MSR_STATE, 0, &msr_state_payload(1, guest, host));
         vm_guard.send(STATE, 0, &state_payload(1, &[]));
-        companion.wait_for_log_lines("QEMU connected:", greeted + 1);
+        companion.wait_for_log_lines("VM connected:", greeted + 1);
         vm_guard
     }
 
