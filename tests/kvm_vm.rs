@@ -15,11 +15,11 @@ use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vhost_guard::protect::{Attributes, Demand, Deny, GfnRange, Order, Protection};
 use vhost_guard::vm::enforcer::{
-    Action, Enforcer, HostPolicyOutcome, InForce, Outcome, Policy, Target, Unexpected, Violation,
-    VmEvents, VmInfo,
+    Action, Enforcer, HostPolicyOutcome, InForce, Outcome, Policy, Source, Target, Unexpected,
+    Violation, VmEvents, VmInfo,
 };
 use vhost_guard::vm::kvm::{KvmVcpu, KvmVm, Options, Vcpus, Verdict};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 const RAM: u64 = 16 << 20;
@@ -97,7 +97,8 @@ struct Door {
     inside: Mutex<u32>,
     changed: Condvar,
     kick: Mutex<Option<thread::JoinHandle<()>>>,
-    given_up: AtomicBool,
+    paused: AtomicBool,
+    shut_down: AtomicBool,
 }
 
 impl Door {
@@ -134,8 +135,12 @@ impl Vcpus for Door {
         self.changed.notify_all();
     }
 
-    fn give_up(&self) {
-        self.given_up.store(true, Ordering::SeqCst);
+    fn pause(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+    }
+
+    fn shut_down(&self) {
+        self.shut_down.store(true, Ordering::SeqCst);
     }
 }
 
@@ -413,6 +418,73 @@ fn a_store_that_is_watched_lands_and_is_told_of() {
 }
 
 #[test]
+fn a_device_may_write_what_the_guest_may() {
+    let Some(mut m) = Machine::new(Policy::Pause) else {
+        return;
+    };
+    assert_eq!(m.ask(&lock(page(1)..page(2))), (0, None));
+    let watch = Order::Protect(vec![protection(page(4)..page(5), watched())]);
+    assert_eq!(m.ask(&Demand::Pages(watch)), (0, None));
+    let kvm_vm = Arc::clone(&m.kvm_vm);
+    let write = |at: u64, bytes: &[u8]| {
+        let memory = kvm_vm.device_memory();
+        memory.write_slice(bytes, GuestAddress(at)).is_ok()
+    };
+    // Below the page, up to its edge and over it; in it; behind it.
+    assert!(write(DATA + 4096 - 8, &[1; 8]));
+    assert!(!write(DATA + 4096 - 8, &[2; 9]));
+    assert_eq!((m.byte(DATA + 4095), m.byte(DATA + 4096)), (1, 0));
+    let violation = m.violation();
+    assert_eq!(violation.source, Source::Device);
+    assert_eq!(violation.target, Target::Memory(DATA + 4096));
+    assert_eq!(violation.action, Action::Refused(Policy::Pause));
+    assert!(!write(DATA + 4100, &[2]));
+    assert_eq!(m.violation().target, Target::Memory(DATA + 4100));
+    assert!(write(DATA + 8192, &[1; 4096]));
+    // It may be read.
+    let memory = kvm_vm.device_memory();
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(DATA + 4096)).unwrap(), 0);
+    assert!(memory.check_range(GuestAddress(DATA), 8192, Permissions::Read));
+    assert!(!memory.check_range(GuestAddress(DATA), 8192, Permissions::Write));
+    assert!(!memory.check_range(GuestAddress(RAM - 1), 2, Permissions::Read));
+    drop(memory);
+    // Watched: it lands, and is told of.
+    assert!(write(DATA + 4 * 4096 + 7, &[3]));
+    assert_eq!(m.byte(DATA + 4 * 4096 + 7), 3);
+    assert_eq!(m.violation().action, Action::Audit);
+    // The thread that tells of violations has had the VM stopped before.
+    m.state();
+    assert!(m.door.paused.load(Ordering::SeqCst));
+    assert!(!m.door.shut_down.load(Ordering::SeqCst));
+}
+
+#[test]
+fn no_lock_is_granted_while_a_device_is_at_work() {
+    let Some(mut m) = Machine::new(Policy::Drop) else {
+        return;
+    };
+    let kvm_vm = Arc::clone(&m.kvm_vm);
+    let memory = kvm_vm.device_memory();
+    let slice = memory
+        .get_slices(GuestAddress(DATA), 1, Permissions::Write)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    m.last_seq += 1;
+    kvm_vm.carry_out(m.last_seq, 1, &lock(page(0)..page(1)));
+    // The lock waits at the gate, now or soon; the device goes on with what it was given.
+    assert!(m.heard.recv_timeout(Duration::from_millis(50)).is_err());
+    slice.write_obj(9_u8, 0).unwrap();
+    drop(memory);
+    assert!(matches!(m.hear(), Heard::Result(_, outcome) if outcome.status == 0));
+    assert_eq!(m.byte(DATA), 9);
+    let memory = kvm_vm.device_memory();
+    assert!(memory.write_obj(8_u8, GuestAddress(DATA)).is_err());
+    assert_eq!(m.byte(DATA), 9);
+}
+
+#[test]
 fn what_is_refused_changes_nothing() {
     let Some(mut m) = Machine::new(Policy::Drop) else {
         return;
@@ -459,7 +531,7 @@ fn what_kvm_refuses_half_way_is_taken_back() {
         assert_eq!(m.byte(DATA), value);
     }
     assert_eq!(m.state(), InForce::default());
-    assert!(!m.door.given_up.load(Ordering::SeqCst));
+    assert!(!m.door.shut_down.load(Ordering::SeqCst));
 }
 
 #[test]

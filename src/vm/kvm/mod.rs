@@ -6,11 +6,13 @@
 //! [`slots`] plans memslots.
 
 mod exit;
+mod memory;
 mod memslots;
 pub mod slots;
 mod vcpu;
 mod violations;
 mod vm;
 
+pub use memory::DeviceMemory;
 pub use vcpu::{KvmVcpu, Verdict};
 pub use vm::{KvmVm, NewError, Options, Vcpus};

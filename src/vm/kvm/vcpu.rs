@@ -33,6 +33,7 @@ pub enum Verdict {
 }
 
 /// A vCPU of a [`KvmVm`](super::KvmVm). Belongs to the thread that runs it.
+#[derive(Debug)]
 pub struct KvmVcpu {
     shared: Arc<Shared>,
     index: u32,

@@ -7,6 +7,7 @@
 //! of how the VMM runs its vCPUs but what [`Vcpus`] says.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::mem;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -15,13 +16,14 @@ use std::thread;
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::memory::{DeviceMemory, Gate};
 use super::memslots::Memslots;
 use super::slots::{Frames, Op, Plan, PlanError, RegionsError, Slots};
 use super::vcpu::KvmVcpu;
 use super::violations::Violations;
 use crate::log_limit::{LogLimit, log_limited};
 use crate::protect::{
-    Attributes, Change, Demand, Deny, Gfn, GfnRange, Order, PAGE_SHIFT, Protection, Table,
+    Attributes, Change, Demand, Deny, GfnRange, Order, PAGE_SHIFT, Protection, Table,
 };
 use crate::vm::enforcer::{
     Accelerator, Access, Action, Enforcer, InForce, MsrInfo, Outcome, Policy, Source, Target,
@@ -48,9 +50,14 @@ pub trait Vcpus: Send + Sync {
     /// Called by [`KvmVm`]'s own thread, which holds no lock.
     fn while_out(&self, work: &mut dyn FnMut());
 
-    /// KVM has refused to give back a memslot that it had: the guest has lost memory, or what is in
-    /// force is not what was said. The VM must not run on.
-    fn give_up(&self);
+    /// A device of the VMM was denied an access, and the policy is to stop the VM. Called by
+    /// [`KvmVm`]'s own thread.
+    fn pause(&self);
+
+    /// The VM must not run on: a device was denied an access, and the policy is to end it, or KVM has
+    /// refused to give back a memslot that it had, so that the guest has lost memory, or what is in
+    /// force is not what was said. Called by [`KvmVm`]'s own thread, perhaps more than once.
+    fn shut_down(&self);
 }
 
 /// What an embedder chooses.
@@ -99,6 +106,7 @@ pub(super) enum Decision {
 }
 
 /// Enforces protections on a VM that this process owns.
+#[derive(Debug)]
 pub struct KvmVm {
     shared: Arc<Shared>,
 }
@@ -106,6 +114,7 @@ pub struct KvmVm {
 pub(super) struct Shared {
     memslots: Memslots,
     options: Options,
+    gate: Gate,
     state: Mutex<State>,
     inbox: Mutex<Inbox>,
     filled: Condvar,
@@ -196,6 +205,7 @@ impl KvmVm {
             shared: Arc::new(Shared {
                 memslots,
                 options,
+                gate: Gate::default(),
                 state: Mutex::new(state),
                 inbox: Mutex::default(),
                 filled: Condvar::new(),
@@ -223,7 +233,7 @@ impl KvmVm {
     }
 
     /// The VM is being reset: nothing that the guest asked for is in force when this returns, unless
-    /// [`Vcpus::give_up`] was called. The vCPUs may stand still already. Not to be called from
+    /// [`Vcpus::shut_down`] was called. The vCPUs may stand still already. Not to be called from
     /// [`Vcpus`].
     pub fn reset(&self) {
         let mut inbox = self.shared.inbox();
@@ -242,6 +252,13 @@ impl KvmVm {
                 .wait_while(inbox, done)
                 .unwrap_or_else(PoisonError::into_inner),
         );
+    }
+
+    /// Guest memory for a device of the VMM that is about to do something on the guest's behalf.
+    /// Everything that is written for a guest has to go through here, or a lock does not hold
+    /// against it. Waits while a change is put in force.
+    pub fn device_memory(&self) -> DeviceMemory<'_> {
+        DeviceMemory::new(&self.shared, &self.shared.gate)
     }
 
     /// The vCPU with this number, for the thread that runs it. To be called once for each.
@@ -294,6 +311,17 @@ impl Enforcer for KvmVm {
     }
 }
 
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state();
+        f.debug_struct("Shared")
+            .field("generation", &state.generation)
+            .field("ranges", &state.pages.len())
+            .field("broken", &state.broken)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -306,6 +334,10 @@ impl Shared {
     fn put(&self, task: Task) {
         self.inbox().tasks.push_back(task);
         self.filled.notify_one();
+    }
+
+    pub(super) fn memory(&self) -> &GuestMemoryMmap {
+        self.memslots.memory()
     }
 
     /// The thread.
@@ -336,6 +368,11 @@ impl Shared {
             // What was seen before an answer is told before it.
             for violation in violations {
                 events.violation(violation);
+                match (violation.source, violation.action) {
+                    (Source::Device, Action::Refused(Policy::Pause)) => vcpus.pause(),
+                    (Source::Device, Action::Refused(Policy::Shutdown)) => vcpus.shut_down(),
+                    _ => {}
+                }
             }
             if let Some(task) = task {
                 self.serve(task, &*events, vcpus);
@@ -462,6 +499,7 @@ impl Shared {
         let mut result = Err((EIO, None));
         vcpus.while_out(&mut || {
             if let Some(plan) = plan.take() {
+                let _closed = self.gate.close();
                 let changed = self.change_slots(&plan);
                 let mut state = self.state();
                 match changed {
@@ -476,7 +514,7 @@ impl Shared {
             }
         });
         if self.state().broken {
-            vcpus.give_up();
+            vcpus.shut_down();
         }
         result
     }
@@ -526,7 +564,7 @@ impl Shared {
             );
             if !mem::replace(&mut state.broken, true) {
                 drop(state);
-                vcpus.give_up();
+                vcpus.shut_down();
             }
             return None;
         }
@@ -548,9 +586,8 @@ impl Shared {
         if state.broken {
             return Decision::Shutdown;
         }
-        let held = touched(gpa, data.len()).fold(Attributes::default(), |held, gfn| {
-            held.union(state.pages.get(gfn))
-        });
+        let held = held(&state.pages, gpa, data.len())
+            .fold(Attributes::default(), |all, (_, held)| all.union(held));
         let denied = held.deny().contains(Deny::NOWRITE);
         if !denied && memory.write_slice(data, GuestAddress(gpa)).is_err() {
             return Decision::NotMine;
@@ -561,24 +598,12 @@ impl Shared {
             let mut value = [0; 8];
             let size = data.len().min(8);
             value[..size].copy_from_slice(&data[..size]);
-            let violation = Violation {
-                access: Access::Write,
-                source: Source::Vcpu(vcpu),
-                target: Target::Memory(gpa),
-                gva: Violation::UNKNOWN,
+            self.report(Violation {
                 rip: rip.unwrap_or(Violation::UNKNOWN),
                 value: u64::from_le_bytes(value),
                 size: data.len() as u32,
-                times: 1,
-                lost: 0,
-                action: if denied {
-                    Action::Refused(policy)
-                } else {
-                    Action::Audit
-                },
-            };
-            self.inbox().violations.push(violation);
-            self.filled.notify_one();
+                ..self.store_of(Source::Vcpu(vcpu), gpa, denied)
+            });
         }
         match policy {
             _ if !denied => Decision::Done,
@@ -588,6 +613,70 @@ impl Shared {
             Policy::Shutdown => Decision::Shutdown,
         }
     }
+
+    /// Whether a device may not write these bytes.
+    pub(super) fn denies_device(&self, gpa: u64, len: usize) -> bool {
+        let state = self.state();
+        let denied = |(_, held): (u64, Attributes)| held.deny().contains(Deny::NOWRITE);
+        state.broken || held(&state.pages, gpa, len).any(denied)
+    }
+
+    /// A device is about to write these bytes. Returns whether it may.
+    pub(super) fn device_stores(&self, gpa: u64, len: usize) -> bool {
+        let state = self.state();
+        if state.broken {
+            return false;
+        }
+        let mut watched = None;
+        for (start, held) in held(&state.pages, gpa, len) {
+            if held.deny().contains(Deny::NOWRITE) {
+                self.report(self.store_of(Source::Device, start, true));
+                return false;
+            }
+            if held.audit().contains(Deny::NOWRITE) {
+                watched = watched.or(Some(start));
+            }
+        }
+        if let Some(start) = watched {
+            self.report(self.store_of(Source::Device, start, false));
+        }
+        true
+    }
+
+    fn store_of(&self, source: Source, gpa: u64, denied: bool) -> Violation {
+        Violation {
+            access: Access::Write,
+            source,
+            target: Target::Memory(gpa),
+            gva: Violation::UNKNOWN,
+            rip: Violation::UNKNOWN,
+            value: 0,
+            size: 0,
+            times: 1,
+            lost: 0,
+            action: if denied {
+                Action::Refused(self.options.on_violation)
+            } else {
+                Action::Audit
+            },
+        }
+    }
+
+    fn report(&self, violation: Violation) {
+        self.inbox().violations.push(violation);
+        self.filled.notify_one();
+    }
+}
+
+/// Where in `len` bytes from `gpa` on something is denied or watched when it is written, in
+/// ascending order.
+fn held(pages: &Table, gpa: u64, len: usize) -> impl Iterator<Item = (u64, Attributes)> + '_ {
+    let range = GfnRange::of_bytes(gpa, len as u64);
+    let parts = range.into_iter().flat_map(|range| pages.within(range));
+    parts.map(move |part| {
+        let start = part.range.start().number() << PAGE_SHIFT;
+        (start.max(gpa), part.attributes)
+    })
 }
 
 /// Nothing but writing can be denied or watched.
@@ -623,13 +712,6 @@ impl Pages {
             Self::Freed => *table = Table::default(),
         }
     }
-}
-
-/// The pages of `len` bytes, at least 1, from `gpa` on.
-fn touched(gpa: u64, len: usize) -> impl Iterator<Item = Gfn> {
-    let pages = GfnRange::of_bytes(gpa, len as u64);
-    let numbers = pages.map(|pages| pages.start().number()..=pages.end().number());
-    numbers.into_iter().flatten().filter_map(Gfn::new)
 }
 
 #[cfg(test)]
