@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! `KvmVm` on the real KVM: a guest of a few bytes, in long mode at CPL 0, that stores where it is
-//! told to.
+//! told to, and reads and writes the MSRs that it is told to.
 
 use std::env;
 use std::ops::Range;
@@ -11,14 +11,18 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vhost_guard::protect::msr::{
+    self, Access as MsrAccess, Action as MsrAction, HostRule, MsrRange, Policy as MsrPolicy, Rule,
+    Unlisted,
+};
 use vhost_guard::protect::{Attributes, Demand, Deny, GfnRange, Order, Protection};
 use vhost_guard::vm::enforcer::{
-    Action, Enforcer, HostPolicyOutcome, InForce, Outcome, Policy, Source, Target, Unexpected,
-    Violation, VmEvents, VmInfo,
+    Access, Action, Enforcer, HostPolicyOutcome, InForce, MsrInfo, Outcome, Policy, Source, Target,
+    Unexpected, Violation, VmEvents, VmInfo,
 };
-use vhost_guard::vm::kvm::{KvmVcpu, KvmVm, Options, Vcpus, Verdict};
+use vhost_guard::vm::kvm::{KvmVcpu, KvmVm, MsrPolicyError, NewError, Options, Vcpus, Verdict};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
@@ -27,6 +31,10 @@ const PML4: u64 = 0x1000;
 const IDT: u64 = 0x4000;
 const GDT: u64 = 0x5000;
 const CODE: u64 = 0x6000;
+/// RDMSR and HLT; WRMSR and HLT; and WRMSR of ever other values.
+const READS: u64 = CODE + 0x200;
+const WRITES: u64 = CODE + 0x240;
+const WRITES_ON: u64 = CODE + 0x280;
 const HANDLER: u64 = 0x6800;
 const STACK: u64 = 0x8000;
 /// The pages that are stored to.
@@ -45,6 +53,7 @@ enum Heard {
     Connected(VmInfo),
     State(u64, InForce),
     Result(u64, Outcome),
+    HostPolicy(HostPolicyOutcome),
     Violation(Violation),
     Reset(u64),
     CaughtUp(u64),
@@ -73,7 +82,9 @@ impl VmEvents for Ear {
         Ok(())
     }
 
-    fn host_policy(&self, _outcome: HostPolicyOutcome) {}
+    fn host_policy(&self, outcome: HostPolicyOutcome) {
+        self.hear(Heard::HostPolicy(outcome));
+    }
 
     fn violation(&self, violation: Violation) {
         self.hear(Heard::Violation(violation));
@@ -148,6 +159,8 @@ struct Machine {
     kvm_vm: Arc<KvmVm>,
     memory: Arc<GuestMemoryMmap>,
     vcpu: Option<(VcpuFd, KvmVcpu)>,
+    /// Number 1.
+    other: Option<(VcpuFd, KvmVcpu)>,
     door: Arc<Door>,
     heard: Receiver<Heard>,
     ear: Arc<dyn VmEvents>,
@@ -197,18 +210,39 @@ impl Machine {
     }
 
     fn with_slots(on_violation: Policy, slots: Range<u16>) -> Option<Self> {
+        Self::with(Options {
+            on_violation,
+            ..Options::new(slots)
+        })
+    }
+
+    fn with_policy(on_violation: Policy, policy: MsrPolicy) -> Option<Self> {
+        Self::with(Options {
+            on_violation,
+            msr_policy: Some(policy),
+            ..Options::new(0..200)
+        })
+    }
+
+    fn with(options: Options) -> Option<Self> {
         let kvm = kvm()?;
         let vm: Arc<VmFd> = Arc::new(kvm.create_vm().unwrap());
         let ram = [(GuestAddress(0), RAM as usize)];
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ram).unwrap());
+        let policy = options.msr_policy.clone();
         let options = Options {
-            on_violation,
             max_ranges: 64,
-            slots,
+            ..options
         };
         let kvm_vm = KvmVm::new(Arc::clone(&vm), Arc::clone(&memory), options).unwrap();
-        let vcpu = vm.create_vcpu(0).unwrap();
-        set_up(&vcpu, &memory);
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+        let vcpu = |index| {
+            let vcpu = vm.create_vcpu(index).unwrap();
+            vcpu.set_cpuid2(&cpuid).unwrap();
+            set_up(&vcpu, &memory);
+            vcpu
+        };
+        let (vcpu, other) = (vcpu(0), vcpu(1));
         let (tell, heard) = channel();
         let ear: Arc<dyn VmEvents> = Arc::new(Ear(Mutex::new(tell)));
         let door = Arc::new(Door::default());
@@ -216,6 +250,7 @@ impl Machine {
         kvm_vm.start(weak, door.clone()).unwrap();
         let mut machine = Self {
             vcpu: Some((vcpu, kvm_vm.vcpu(0))),
+            other: Some((other, kvm_vm.vcpu(1))),
             kvm_vm: Arc::new(kvm_vm),
             memory,
             door,
@@ -229,7 +264,15 @@ impl Machine {
             }
             _ => panic!("connected comes first"),
         }
-        assert!(matches!(machine.hear(), Heard::State(0, state) if state == InForce::default()));
+        let in_force = InForce {
+            host: policy.clone(),
+            ..InForce::default()
+        };
+        assert!(matches!(machine.hear(), Heard::State(0, state) if state == in_force));
+        if policy.is_some() {
+            let outcome = HostPolicyOutcome::InForce;
+            assert!(matches!(machine.hear(), Heard::HostPolicy(told) if told == outcome));
+        }
         Some(machine)
     }
 
@@ -274,6 +317,67 @@ impl Machine {
         }
     }
 
+    /// Has vCPU `cpu` read or write an MSR: the verdicts of its exits, and what was read or written;
+    /// `None` for a #GP(0) at the instruction.
+    fn access(&mut self, cpu: u32, msr: u32, write: Option<u64>) -> (Vec<Verdict>, Option<u64>) {
+        let vcpu = if cpu == 0 {
+            &mut self.vcpu
+        } else {
+            &mut self.other
+        };
+        let (vcpu, guarded) = vcpu.as_mut().unwrap();
+        let code = begin_access(vcpu, msr, write);
+        let mut verdicts = Vec::new();
+        loop {
+            self.door.enter();
+            guarded.before_run(vcpu).unwrap();
+            let exit = vcpu.run();
+            self.door.leave();
+            match exit {
+                Ok(VcpuExit::Hlt) => return (verdicts, end_access(vcpu, &self.memory, code)),
+                Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => {
+                    verdicts.push(guarded.after_exit(vcpu));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn read(&mut self, cpu: u32, msr: u32) -> (Vec<Verdict>, Option<u64>) {
+        self.access(cpu, msr, None)
+    }
+
+    fn write(&mut self, cpu: u32, msr: u32, value: u64) -> (Vec<Verdict>, Option<u64>) {
+        self.access(cpu, msr, Some(value))
+    }
+
+    /// What it has, without asking the guest.
+    fn msr(&self, cpu: u32, msr: u32) -> u64 {
+        let vcpu = if cpu == 0 { &self.vcpu } else { &self.other };
+        let mut entries = Msrs::from_entries(&[entry(msr, 0)]).unwrap();
+        let (vcpu, _) = vcpu.as_ref().unwrap();
+        assert_eq!(vcpu.get_msrs(&mut entries), Ok(1), "{msr:#x}");
+        entries.as_slice()[0].data
+    }
+
+    /// As the VMM may at any time, when it resets a vCPU for one.
+    fn set_msr(&self, cpu: u32, msr: u32, value: u64) {
+        let vcpu = if cpu == 0 { &self.vcpu } else { &self.other };
+        let entries = Msrs::from_entries(&[entry(msr, value)]).unwrap();
+        let (vcpu, _) = vcpu.as_ref().unwrap();
+        assert_eq!(vcpu.set_msrs(&entries), Ok(1), "{msr:#x}");
+    }
+
+    /// Whether KVM takes this value of the VMM.
+    fn vmm_may(&self, msr: u32, value: u64) -> bool {
+        let old = self.msr(0, msr);
+        let entries = Msrs::from_entries(&[entry(msr, value)]).unwrap();
+        let (vcpu, _) = self.vcpu.as_ref().unwrap();
+        let may = vcpu.set_msrs(&entries) == Ok(1);
+        self.set_msr(0, msr, old);
+        may
+    }
+
     fn byte(&self, gpa: u64) -> u8 {
         self.memory.read_obj(GuestAddress(gpa)).unwrap()
     }
@@ -300,6 +404,41 @@ impl Machine {
     }
 }
 
+fn entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }
+}
+
+fn begin_access(vcpu: &VcpuFd, msr: u32, write: Option<u64>) -> u64 {
+    let code = if write.is_some() { WRITES } else { READS };
+    let value = write.unwrap_or(0x5555_5555_5555_5555);
+    let regs = kvm_regs {
+        rip: code,
+        rcx: msr.into(),
+        rax: value & 0xffff_ffff,
+        rdx: value >> 32,
+        rsp: STACK,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).unwrap();
+    code
+}
+
+fn end_access(vcpu: &VcpuFd, memory: &GuestMemoryMmap, code: u64) -> Option<u64> {
+    let regs = vcpu.get_regs().unwrap();
+    if regs.rip == HANDLER + 1 {
+        let [error, rip]: [u64; 2] = memory.read_obj(GuestAddress(regs.rsp)).unwrap();
+        assert_eq!((error, rip), (0, code), "#GP(0) at the instruction");
+        return None;
+    }
+    assert_eq!(regs.rip, code + 3);
+    Some(regs.rax & 0xffff_ffff | regs.rdx << 32)
+}
+
 /// Long mode with the first 16 MiB mapped to themselves, and a handler of #GP that halts.
 fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap) {
     let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
@@ -322,6 +461,14 @@ fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap) {
         .write_slice(&busy, GuestAddress(CODE + 0x100))
         .unwrap();
     memory.write_slice(&[0xf4], GuestAddress(HANDLER)).unwrap();
+    for (at, code) in [
+        (READS, &[0x0f, 0x32, 0xf4][..]),
+        (WRITES, &[0x0f, 0x30, 0xf4]),
+        // again: inc %eax; wrmsr; mov %eax,(%rdi); jmp again
+        (WRITES_ON, &[0xff, 0xc0, 0x0f, 0x30, 0x89, 0x07, 0xeb, 0xf8]),
+    ] {
+        memory.write_slice(code, GuestAddress(at)).unwrap();
+    }
 
     let mut sregs = vcpu.get_sregs().unwrap();
     let segment = |selector, type_| kvm_segment {
@@ -652,4 +799,640 @@ fn a_vcpu_that_stores_all_the_time_is_stopped_by_an_ok() {
     let thread = m.door.kick.lock().unwrap().take().unwrap();
     thread.join().unwrap();
     drop(m.ear);
+}
+
+const SYSENTER_CS: u32 = 0x174;
+const SYSENTER_EIP: u32 = 0x176;
+const PAT: u32 = 0x277;
+const EFER: u32 = 0xc000_0080;
+const STAR: u32 = 0xc000_0081;
+const LSTAR: u32 = 0xc000_0082;
+const CSTAR: u32 = 0xc000_0083;
+/// One that is not plain: the microcode's revision.
+const REVISION: u32 = 0x8b;
+/// One that nobody has.
+const NOBODYS: u32 = 0x1234;
+
+const ADDRESS: u64 = 0xffff_8000_0000_0000;
+
+/// One exit, dealt with.
+const ONE: &[Verdict] = &[Verdict::Done];
+
+fn pin(mask: u64) -> MsrAction {
+    MsrAction::Pin { mask, log: false }
+}
+
+fn rule(msrs: Range<u32>, access: MsrAccess, action: MsrAction) -> Rule {
+    let range = MsrRange::new(msrs.start, msrs.end - 1).unwrap();
+    Rule::new(range, access, action).unwrap()
+}
+
+fn one(msr: u32, access: MsrAccess, action: MsrAction) -> Rule {
+    rule(msr..msr + 1, access, action)
+}
+
+fn replace(rules: &[Rule]) -> Demand {
+    Demand::Msrs(msr::Order::Replace(rules.to_vec()))
+}
+
+fn lock_msrs(rules: &[Rule]) -> Demand {
+    Demand::Msrs(msr::Order::Lock(rules.to_vec()))
+}
+
+fn host(rules: &[HostRule]) -> MsrPolicy {
+    MsrPolicy::new(Unlisted::Allow, rules).unwrap()
+}
+
+fn msr_violation(cpu: u32, msr: u32, write: Option<u64>, action: Action) -> Violation {
+    Violation {
+        access: if write.is_some() {
+            Access::Write
+        } else {
+            Access::Read
+        },
+        source: Source::Vcpu(cpu),
+        target: Target::Msr(msr),
+        gva: Violation::UNKNOWN,
+        rip: if write.is_some() { WRITES } else { READS },
+        value: write.unwrap_or(0),
+        size: 8,
+        times: 1,
+        lost: 0,
+        action,
+    }
+}
+
+fn refused(cpu: u32, msr: u32, write: Option<u64>) -> Violation {
+    msr_violation(cpu, msr, write, Action::Refused(Policy::Inject))
+}
+
+#[test]
+fn each_action_does_what_it_says_and_no_more() {
+    use MsrAction::{Allow, Deny, Log};
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let (r, w, rw) = (MsrAccess::READ, MsrAccess::WRITE, MsrAccess::all());
+    for msr in [LSTAR, SYSENTER_EIP] {
+        let base = if msr == LSTAR { ADDRESS } else { 0 };
+        for cpu in 0..2 {
+            let (old, new) = (base + 0x1000 + u64::from(cpu), base + 0x2000);
+            assert_eq!(m.write(cpu, msr, old), (vec![], Some(old)));
+            // What becomes of a read, of a write of what is there, and of another: whether it makes
+            // an exit, and goes through; and whether what goes through is told of.
+            let (free, seen, told, denied) = (
+                (0, true, false),
+                (1, true, false),
+                (1, true, true),
+                (1, false, true),
+            );
+            for (access, action, read, same, other) in [
+                (r, Log, told, free, free),
+                (w, Log, free, told, told),
+                (rw, Log, told, told, told),
+                (w, pin(!0), free, seen, denied),
+                (w, pin(0x1000), free, seen, denied),
+                (w, pin(0x4000), free, seen, seen),
+                (
+                    w,
+                    MsrAction::Pin {
+                        mask: !0,
+                        log: true,
+                    },
+                    free,
+                    told,
+                    denied,
+                ),
+                (w, Deny, free, denied, denied),
+                (r, Deny, denied, free, free),
+                (rw, Deny, denied, denied, denied),
+                (rw, Allow, free, free, free),
+            ] {
+                m.set_msr(cpu, msr, old);
+                assert_eq!(
+                    m.ask(&replace(&[one(msr, rw, Allow), one(msr, access, action)])),
+                    (0, None)
+                );
+                for (write, (exits, goes, is_told)) in
+                    [(None, read), (Some(old), same), (Some(new), other)]
+                {
+                    let before = m.msr(cpu, msr);
+                    let what = format!("{msr:#x} {action:?} {write:x?}");
+                    let got = write.unwrap_or(before);
+                    let expected = (vec![Verdict::Done; exits], goes.then_some(got));
+                    assert_eq!(m.access(cpu, msr, write), expected, "{what}");
+                    let left = if goes { got } else { before };
+                    assert_eq!(m.msr(cpu, msr), left, "{what}");
+                    if is_told {
+                        let expected = if goes {
+                            Violation {
+                                value: got,
+                                ..msr_violation(cpu, msr, write, Action::Audit)
+                            }
+                        } else {
+                            refused(cpu, msr, write)
+                        };
+                        assert_eq!(m.violation(), expected, "{what}");
+                    }
+                }
+                // Nothing else was told.
+                m.kvm_vm.catch_up(5);
+                assert!(matches!(m.hear(), Heard::CaughtUp(5)), "{action:?}");
+            }
+        }
+    }
+    assert_eq!(m.state(), InForce::default());
+}
+
+#[test]
+fn an_msr_that_is_not_plain_takes_a_pin_of_all_bits_and_what_is_denied() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let all = MsrAccess::all();
+    assert_eq!(
+        m.ask(&lock_msrs(&[one(NOBODYS, all, MsrAction::Deny)])),
+        (0, None)
+    );
+    assert_eq!(m.read(1, NOBODYS), (ONE.to_vec(), None));
+    assert_eq!(m.violation(), refused(1, NOBODYS, None));
+    assert_eq!(m.write(0, NOBODYS, 1 << 63), (ONE.to_vec(), None));
+    assert_eq!(m.violation(), refused(0, NOBODYS, Some(1 << 63)));
+    let has = m.msr(0, REVISION);
+    let pinned = one(REVISION, MsrAccess::WRITE, pin(!0));
+    assert_eq!(m.ask(&lock_msrs(&[pinned])), (0, None));
+    assert_eq!(m.write(0, REVISION, has), (ONE.to_vec(), Some(has)));
+    assert_eq!(m.write(0, REVISION, has ^ 1 << 40), (ONE.to_vec(), None));
+    assert_eq!(m.msr(0, REVISION), has);
+    assert_eq!(m.read(0, REVISION), (vec![], Some(has)));
+}
+
+#[test]
+fn a_rule_that_kvm_cannot_keep_to_the_letter_is_refused_whole() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let (r, w) = (MsrAccess::READ, MsrAccess::WRITE);
+    let good = one(LSTAR, w, MsrAction::Deny);
+    for bad in [
+        one(REVISION, r, MsrAction::Log),
+        one(REVISION, w, MsrAction::Log),
+        one(REVISION, w, pin(1)),
+        one(
+            REVISION,
+            w,
+            MsrAction::Pin {
+                mask: !0,
+                log: true,
+            },
+        ),
+        one(NOBODYS, w, pin(!0)),
+        rule(SYSENTER_CS..SYSENTER_EIP + 2, r, MsrAction::Log),
+        rule(0x200..0x600, w, pin(!0)),
+    ] {
+        for demand in [replace(&[good, bad, bad]), lock_msrs(&[good, bad, bad])] {
+            assert_eq!(m.ask(&demand), (EOPNOTSUPP, Some(1)), "{bad:?}");
+        }
+    }
+    assert_eq!(m.state(), InForce::default());
+    assert_eq!(m.write(0, LSTAR, ADDRESS), (vec![], Some(ADDRESS)));
+}
+
+#[test]
+fn rules_that_are_refused_change_nothing() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let w = MsrAccess::WRITE;
+    let deny = |msr| one(msr, w, MsrAction::Deny);
+    let allow = |msr| one(msr, w, MsrAction::Allow);
+    assert_eq!(m.ask(&lock_msrs(&[deny(LSTAR)])), (0, None));
+    let before = m.state();
+    let windows: Vec<_> = (1..20)
+        .map(|n| deny(0x1000_0000 * (n % 16) + 0x10_0000 * n))
+        .collect();
+    let stripes: Vec<_> = (0..4096).map(|n| deny(0x4000_0000 + 2 * n)).collect();
+    let many: Vec<_> = (0x200..0x210)
+        .chain(0x400..0x480)
+        .chain(SYSENTER_CS..=SYSENTER_EIP)
+        .map(|msr| one(msr, w, pin(!0)))
+        .collect();
+    for (demand, expected) in [
+        (replace(&[deny(CSTAR), allow(LSTAR)]), (EPERM, Some(1))),
+        (replace(&windows), (ENOSPC, None)),
+        (replace(&stripes), (ENOSPC, None)),
+    ] {
+        assert_eq!(m.ask(&demand), expected);
+        assert_eq!(m.state(), before);
+        assert_eq!(m.write(0, CSTAR, ADDRESS), (vec![], Some(ADDRESS)));
+    }
+    // What can be pinned depends on the host; too much of it is one error or the other.
+    let (status, _) = m.ask(&replace(&many));
+    assert!([ENOSPC, EOPNOTSUPP].contains(&status), "{status}");
+    assert_eq!(m.ask_in(2, &replace(&[deny(CSTAR)])), (ESTALE, None));
+    assert_eq!(m.write(0, CSTAR, 0), (vec![], Some(0)));
+    assert_eq!(m.write(0, LSTAR, 0), (ONE.to_vec(), None));
+    // All but the last of the stripes fit, beside what is there.
+    assert_eq!(m.ask(&replace(&stripes[1..])), (0, None));
+    assert_eq!(m.read(1, 0x4000_0001).0, vec![]);
+    assert_eq!(m.write(1, 0x4000_0000 + 2 * 4095, 0), (ONE.to_vec(), None));
+}
+
+#[test]
+fn a_pin_keeps_what_each_vcpu_has_though_the_vmm_may_change_it() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let of = |cpu: u32| ADDRESS + 0x1000 * (u64::from(cpu) + 1);
+    for cpu in 0..2 {
+        assert_eq!(m.write(cpu, LSTAR, of(cpu)), (vec![], Some(of(cpu))));
+    }
+    let pinned = one(LSTAR, MsrAccess::WRITE, pin(!0));
+    assert_eq!(m.ask(&lock_msrs(&[pinned])), (0, None));
+    for cpu in 0..2 {
+        assert_eq!(m.write(cpu, LSTAR, of(1 - cpu)), (ONE.to_vec(), None));
+        // As INIT does.
+        m.set_msr(cpu, LSTAR, 0);
+        assert_eq!(m.write(cpu, LSTAR, 0), (ONE.to_vec(), Some(0)));
+        // Another rule for it keeps nothing anew.
+        if cpu == 1 {
+            let log = one(LSTAR, MsrAccess::WRITE, MsrAction::Log);
+            assert_eq!(m.ask(&lock_msrs(&[log])), (0, None));
+        }
+        for other in [of(1 - cpu), of(cpu) + 8] {
+            assert_eq!(m.write(cpu, LSTAR, other), (ONE.to_vec(), None));
+        }
+        assert_eq!(m.msr(cpu, LSTAR), 0);
+        assert_eq!(m.write(cpu, LSTAR, of(cpu)), (ONE.to_vec(), Some(of(cpu))));
+        assert_eq!(m.msr(cpu, LSTAR), of(cpu));
+        assert_eq!(m.write(cpu, LSTAR, 0), (ONE.to_vec(), None));
+    }
+}
+
+#[test]
+fn a_mask_that_grows_keeps_the_bits_that_it_grows_by() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let pinned = |mask| lock_msrs(&[one(STAR, MsrAccess::WRITE, pin(mask))]);
+    m.set_msr(0, STAR, 0x0023_0010_0000_0001);
+    assert_eq!(m.ask(&pinned(0xffff_ffff_0000_0000)), (0, None));
+    let value = 0x0023_0010_0000_0002;
+    assert_eq!(m.write(0, STAR, value), (ONE.to_vec(), Some(value)));
+    assert_eq!(m.ask(&pinned(0xf)), (0, None));
+    // It has run since, so what is gone from the MSR is known.
+    assert_eq!(m.read(0, STAR), (vec![], Some(value)));
+    m.set_msr(0, STAR, 0);
+    for (other, goes) in [
+        (value ^ 3, false),
+        (0x0023_0010_0000_0000, false),
+        (value & 0xf, false),
+        (value | 0xff0, true),
+    ] {
+        assert_eq!(
+            m.write(0, STAR, other),
+            (ONE.to_vec(), goes.then_some(other))
+        );
+    }
+}
+
+#[test]
+fn the_policy_decides_what_becomes_of_a_denied_access() {
+    for (policy, verdict, written) in [
+        (Policy::Drop, Verdict::Done, Some(7)),
+        (Policy::Pause, Verdict::Pause, Some(7)),
+        (Policy::Shutdown, Verdict::Shutdown, Some(7)),
+        (Policy::Inject, Verdict::Done, None),
+    ] {
+        let Some(mut m) = Machine::new(policy) else {
+            return;
+        };
+        let deny = one(CSTAR, MsrAccess::all(), MsrAction::Deny);
+        assert_eq!(m.ask(&lock_msrs(&[deny])), (0, None));
+        assert_eq!(m.write(0, CSTAR, 7), (vec![verdict], written));
+        assert_eq!(m.violation().action, Action::Refused(policy));
+        assert_eq!(m.msr(0, CSTAR), 0);
+        // There is nothing that a read could go on with.
+        assert_eq!(m.read(0, CSTAR), (vec![verdict], None));
+        assert_eq!(
+            m.violation(),
+            msr_violation(0, CSTAR, None, Action::Refused(policy))
+        );
+    }
+}
+
+#[test]
+fn what_is_logged_is_checked_as_the_cpu_would() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let efer = m.msr(0, EFER);
+    // Some KVMs take any PAT, of everybody.
+    for (msr, value, good) in [
+        (LSTAR, 0x7fff_ffff_ffff, true),
+        (LSTAR, 1 << 62, false),
+        (CSTAR, ADDRESS, true),
+        (PAT, 0x0007_0406_0007_0401, true),
+        (
+            PAT,
+            0x0007_0406_0007_0402,
+            m.vmm_may(PAT, 0x0007_0406_0007_0402),
+        ),
+        (SYSENTER_EIP, 0x1234_5678, true),
+        (EFER, efer | 1, true),
+        (EFER, efer & !0x100, false),
+        (EFER, efer | 2, false),
+        (EFER, efer | 1 << 62, false),
+    ] {
+        let log = |action| replace(&[one(msr, MsrAccess::WRITE, action)]);
+        let old = m.msr(0, msr);
+        let free = m.write(0, msr, value);
+        assert_eq!(free, (vec![], good.then_some(value)), "{msr:#x} {value:#x}");
+        m.set_msr(0, msr, old);
+        assert_eq!(m.ask(&log(MsrAction::Log)), (0, None));
+        let logged = m.write(0, msr, value);
+        assert_eq!(logged, (ONE.to_vec(), free.1), "{msr:#x} {value:#x}");
+        assert_eq!(m.msr(0, msr), if good { value } else { old });
+        assert_eq!(m.ask(&log(MsrAction::Allow)), (0, None));
+        m.set_msr(0, msr, old);
+    }
+}
+
+#[test]
+fn a_seal_is_for_msrs_too() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let deny = one(LSTAR, MsrAccess::WRITE, MsrAction::Deny);
+    let allow = one(LSTAR, MsrAccess::WRITE, MsrAction::Allow);
+    assert_eq!(m.ask(&replace(&[deny])), (0, None));
+    assert_eq!(m.ask(&Demand::Seal), (0, None));
+    assert_eq!(m.ask(&replace(&[allow])), (EPERM, Some(0)));
+    assert_eq!(m.ask(&replace(&[deny])), (0, None));
+    assert!(m.state().msrs.write(LSTAR).immutable);
+    assert_eq!(m.write(0, LSTAR, 0), (ONE.to_vec(), None));
+}
+
+#[test]
+fn a_reset_ends_the_guests_rules_and_has_the_hosts_pins_kept_anew() {
+    let host_rules = [HostRule::Limit(one(LSTAR, MsrAccess::WRITE, pin(!0)))];
+    let Some(mut m) = Machine::with_policy(Policy::Inject, host(&host_rules)) else {
+        return;
+    };
+    // Power-on, of which the guest leaves nothing.
+    assert_eq!(m.write(0, LSTAR, 0x1000), (ONE.to_vec(), None));
+    let rules = [
+        one(STAR, MsrAccess::WRITE, pin(!0)),
+        one(CSTAR, MsrAccess::all(), MsrAction::Deny),
+    ];
+    assert_eq!(m.ask(&lock_msrs(&rules)), (0, None));
+    assert_eq!(m.write(0, STAR, 1), (ONE.to_vec(), None));
+    assert_eq!(m.ask(&Demand::Seal), (0, None));
+
+    m.set_msr(0, LSTAR, 0x2000);
+    m.kvm_vm.reset();
+    let state = m.state();
+    assert_eq!(state.msrs, msr::Table::default());
+    assert_eq!(state.host, Some(host(&host_rules)));
+    assert_eq!(m.write(0, STAR, 1), (vec![], Some(1)));
+    assert_eq!(m.write(0, CSTAR, 1), (vec![], Some(1)));
+    assert_eq!(m.write(0, LSTAR, 0), (ONE.to_vec(), None));
+    m.set_msr(0, LSTAR, 0);
+    assert_eq!(m.write(0, LSTAR, 0x2000), (ONE.to_vec(), Some(0x2000)));
+    // What the guest pins in its next life is what it has there.
+    assert_eq!(m.ask_in(2, &lock_msrs(&rules[..1])), (0, None));
+    assert_eq!(m.write(0, STAR, 1), (ONE.to_vec(), Some(1)));
+    assert_eq!(m.write(0, STAR, 0), (ONE.to_vec(), None));
+}
+
+#[test]
+fn the_hosts_rules_hold_from_the_start_and_with_the_guests() {
+    let constant = HostRule::Emulate {
+        range: MsrRange::new(REVISION, REVISION).unwrap(),
+        value: 0xfeed_f00d_dead_beef,
+        log: true,
+    };
+    let (r, w) = (MsrAccess::READ, MsrAccess::WRITE);
+    let policy = host(&[constant, HostRule::Limit(one(LSTAR, w, MsrAction::Log))]);
+    let Some(mut m) = Machine::with_policy(Policy::Inject, policy) else {
+        return;
+    };
+    let value = 0xfeed_f00d_dead_beef;
+    assert_eq!(m.read(0, REVISION), (ONE.to_vec(), Some(value)));
+    let told = Violation {
+        value,
+        ..msr_violation(0, REVISION, None, Action::Audit)
+    };
+    assert_eq!(m.violation(), told);
+    assert_eq!(m.write(0, LSTAR, 5), (ONE.to_vec(), Some(5)));
+    assert_eq!(
+        m.violation(),
+        msr_violation(0, LSTAR, Some(5), Action::Audit)
+    );
+    // A pin of the guest's does not hide its writes from the host.
+    let rules = [
+        one(LSTAR, w, pin(0xf000)),
+        one(REVISION, r, MsrAction::Deny),
+    ];
+    assert_eq!(m.ask(&lock_msrs(&rules)), (0, None));
+    assert_eq!(m.write(0, LSTAR, 6), (ONE.to_vec(), Some(6)));
+    assert_eq!(
+        m.violation(),
+        msr_violation(0, LSTAR, Some(6), Action::Audit)
+    );
+    assert_eq!(m.write(0, LSTAR, 0x1000), (ONE.to_vec(), None));
+    assert_eq!(m.read(0, REVISION), (ONE.to_vec(), None));
+    m.kvm_vm.reset();
+    assert_eq!(m.read(0, REVISION), (ONE.to_vec(), Some(value)));
+}
+
+#[test]
+fn a_host_may_deny_all_that_it_does_not_list() {
+    let allow = |msr| HostRule::Limit(one(msr, MsrAccess::all(), MsrAction::Allow));
+    let policy = MsrPolicy::new(Unlisted::Deny, &[allow(STAR), allow(EFER)]).unwrap();
+    let Some(mut m) = Machine::with_policy(Policy::Inject, policy) else {
+        return;
+    };
+    assert_eq!(m.write(1, STAR, 1), (vec![], Some(1)));
+    for msr in [LSTAR, NOBODYS, 0, 0xffff_fff0] {
+        assert_eq!(m.read(1, msr), (ONE.to_vec(), None));
+        assert_eq!(m.write(1, msr, 0), (ONE.to_vec(), None));
+    }
+    assert_eq!(m.write(1, STAR, 2), (vec![], Some(2)));
+}
+
+#[test]
+fn hosts_rules_that_cannot_be_enforced_are_an_error_that_names_one() {
+    let Some(kvm) = kvm() else {
+        return;
+    };
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+    let memory = Arc::new(memory);
+    let new = |rules: &[HostRule]| {
+        let options = Options {
+            msr_policy: Some(host(rules)),
+            ..Options::new(0..10)
+        };
+        KvmVm::new(Arc::clone(&vm), Arc::clone(&memory), options)
+    };
+    let limit = |msr, action| HostRule::Limit(one(msr, MsrAccess::WRITE, action));
+    let good = limit(LSTAR, MsrAction::Deny);
+    let error = new(&[good, limit(REVISION, MsrAction::Log)]).err();
+    assert!(matches!(
+        error,
+        Some(NewError::MsrPolicy(MsrPolicyError::Rule { index: 1 }))
+    ));
+    let windows: Vec<_> = (0..17)
+        .map(|n| limit(0x10_0000 * (n + 1), MsrAction::Deny))
+        .collect();
+    assert!(matches!(
+        new(&windows).err(),
+        Some(NewError::MsrPolicy(MsrPolicyError::NoRoom(_)))
+    ));
+    // Nothing is left behind.
+    assert!(new(&[good]).is_ok());
+}
+
+#[test]
+fn an_access_that_is_answered_late_is_answered_by_the_rules_of_then() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    use MsrAction::{Allow, Deny, Log};
+    let (r, w) = (MsrAccess::READ, MsrAccess::WRITE);
+    m.set_msr(0, LSTAR, 0x55);
+    let revision = m.msr(0, REVISION);
+    for (msr, write, access, first, then, expected) in [
+        // Not plain, and free now: KVM does it.
+        (REVISION, None, r, Deny, Allow, Some(revision)),
+        (LSTAR, Some(0x77), w, Deny, Allow, Some(0x77)),
+        (LSTAR, None, r, Deny, Log, Some(0x77)),
+        (LSTAR, Some(0x99), w, Log, pin(!0), None),
+        (LSTAR, Some(0x99), w, Log, Deny, None),
+    ] {
+        assert_eq!(m.ask(&replace(&[one(msr, access, first)])), (0, None));
+        let (mut vcpu, mut guarded) = m.vcpu.take().unwrap();
+        let code = begin_access(&vcpu, msr, write);
+        let before = vcpu.get_regs().unwrap();
+        guarded.before_run(&mut vcpu).unwrap();
+        assert!(matches!(
+            vcpu.run(),
+            Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_))
+        ));
+        assert_eq!(vcpu.get_regs().unwrap(), before);
+        assert_eq!(m.ask(&replace(&[one(msr, access, then)])), (0, None));
+        assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
+        guarded.before_run(&mut vcpu).unwrap();
+        assert!(matches!(vcpu.run(), Ok(VcpuExit::Hlt)), "{first:?}");
+        let got = end_access(&vcpu, &m.memory, code);
+        m.vcpu = Some((vcpu, guarded));
+        assert_eq!(got, expected, "{first:?} {then:?}");
+        assert_eq!(m.msr(0, LSTAR), if msr == LSTAR { 0x77 } else { 0x55 });
+        assert_eq!(m.ask(&replace(&[one(msr, access, Allow)])), (0, None));
+    }
+}
+
+#[test]
+fn a_vcpu_that_writes_an_msr_all_the_time_is_stopped_by_an_ok() {
+    let Some(mut m) = Machine::new(Policy::Drop) else {
+        return;
+    };
+    signal_hook::flag::register(SIGRTMIN(), Arc::default()).unwrap();
+    let (mut vcpu, mut guarded) = m.vcpu.take().unwrap();
+    let regs = kvm_regs {
+        rip: WRITES_ON,
+        rcx: LSTAR.into(),
+        rdi: DATA,
+        rsp: STACK,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).unwrap();
+    let ends = Arc::new(AtomicBool::new(false));
+    let door = Arc::clone(&m.door);
+    // What it had in the MSR after each exit that was answered.
+    let held = Arc::new(Mutex::new((0_u64, 0_u64)));
+    let thread = {
+        let (ends, held) = (Arc::clone(&ends), Arc::clone(&held));
+        thread::spawn(move || {
+            while !ends.load(Ordering::SeqCst) {
+                door.enter();
+                guarded.before_run(&mut vcpu).unwrap();
+                let exit = vcpu.run();
+                door.leave();
+                match exit {
+                    Ok(VcpuExit::X86Wrmsr(_)) => {
+                        assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
+                        let mut entries = Msrs::from_entries(&[entry(LSTAR, 0)]).unwrap();
+                        vcpu.get_msrs(&mut entries).unwrap();
+                        let mut held = held.lock().unwrap();
+                        *held = (held.0 + 1, entries.as_slice()[0].data);
+                    }
+                    Ok(VcpuExit::Intr) => {}
+                    Err(e) => assert_eq!(e.errno(), 4, "EINTR"),
+                    other => panic!("{other:?}"),
+                }
+            }
+        })
+    };
+    *m.door.kick.lock().unwrap() = Some(thread);
+    let wait_for = |what: &str, is: &dyn Fn() -> bool| {
+        let start = std::time::Instant::now();
+        while !is() {
+            assert!(start.elapsed() < DEADLINE, "waited in vain for {what}");
+            thread::yield_now();
+        }
+    };
+    let written =
+        |memory: &GuestMemoryMmap| -> u32 { memory.read_obj(GuestAddress(DATA)).unwrap() };
+    let (w, pin_all) = (MsrAccess::WRITE, pin(!0));
+    for action in [pin_all, MsrAction::Deny, pin_all] {
+        let before = written(&m.memory);
+        wait_for("a write", &|| written(&m.memory) != before);
+        assert_eq!(m.ask(&replace(&[one(LSTAR, w, action)])), (0, None));
+        let refused = || held.lock().unwrap().0;
+        let count = refused();
+        wait_for("a write that is refused", &|| refused() > count + 1);
+        let first = held.lock().unwrap().1;
+        let count = refused();
+        wait_for("more of them", &|| refused() > count + 10);
+        assert_eq!(held.lock().unwrap().1, first);
+        assert_ne!(first, 0);
+        assert_eq!(
+            m.ask(&replace(&[one(LSTAR, w, MsrAction::Allow)])),
+            (0, None)
+        );
+    }
+    ends.store(true, Ordering::SeqCst);
+    let is_finished = || m.door.kick.lock().unwrap().as_ref().unwrap().is_finished();
+    while !is_finished() {
+        m.door.while_out(&mut || {});
+        thread::yield_now();
+    }
+    let thread = m.door.kick.lock().unwrap().take().unwrap();
+    thread.join().unwrap();
+}
+
+#[test]
+fn what_can_be_done_about_msrs_is_said() {
+    let Some(kvm) = kvm() else {
+        return;
+    };
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+    let kvm_vm = KvmVm::new(vm, Arc::new(memory), Options::new(0..10)).unwrap();
+    let (tell, heard) = channel();
+    let ear: Arc<dyn VmEvents> = Arc::new(Ear(Mutex::new(tell)));
+    let weak: Weak<dyn VmEvents> = Arc::downgrade(&ear);
+    kvm_vm.start(weak, Arc::new(Door::default())).unwrap();
+    let Ok(Heard::Connected(info)) = heard.recv_timeout(DEADLINE) else {
+        panic!("connected comes first");
+    };
+    let msrs = MsrInfo {
+        max_ranges: 4096,
+        max_pins: 64,
+        filter_ranges: Some(16),
+    };
+    assert_eq!(info.msrs, msrs);
 }

@@ -1,18 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What a vCPU has left KVM_RUN with, as far as protections are concerned: copied out of
-//! `struct kvm_run` once. Decides nothing.
+//! `struct kvm_run` once; and how it is answered there. Decides nothing.
 
 // A union is read.
 #![allow(unsafe_code)]
 
-use kvm_bindings::{KVM_EXIT_MMIO, kvm_run};
+use kvm_bindings::{
+    KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_MSR_EXIT_REASON_FILTER, kvm_run,
+};
 
 /// An exit that may be about something protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Exit {
     /// KVM_EXIT_MMIO, a store: the first `len` bytes of `data` to `gpa`.
     Store { gpa: u64, data: [u8; 8], len: usize },
+    /// KVM_EXIT_X86_RDMSR or KVM_EXIT_X86_WRMSR, because of the filter. The instruction is not over.
+    Msr(MsrAccess),
+}
+
+/// An access to an MSR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MsrAccess {
+    Read { msr: u32 },
+    Write { msr: u32, value: u64 },
+}
+
+impl MsrAccess {
+    pub(super) fn msr(self) -> u32 {
+        match self {
+            Self::Read { msr } | Self::Write { msr, .. } => msr,
+        }
+    }
+
+    pub(super) fn is_write(self) -> bool {
+        matches!(self, Self::Write { .. })
+    }
+
+    /// What is to be written; of a read 0.
+    pub(super) fn written(self) -> u64 {
+        match self {
+            Self::Read { .. } => 0,
+            Self::Write { value, .. } => value,
+        }
+    }
+
+    /// Has KVM end the instruction that `run` was left in, with this value if it is a read, or `None`
+    /// for a #GP(0), when the vCPU runs next.
+    pub(super) fn answer(self, run: &mut kvm_run, value: Option<u64>) {
+        run.__bindgen_anon_1.msr.error = value.is_none().into();
+        if let (Self::Read { .. }, Some(value)) = (self, value) {
+            run.__bindgen_anon_1.msr.data = value;
+        }
+    }
 }
 
 impl Exit {
@@ -28,6 +68,18 @@ impl Exit {
                     data: mmio.data,
                     len: (mmio.len as usize).min(mmio.data.len()),
                 })
+            }
+            KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR => {
+                // SAFETY: as above.
+                let exit = unsafe { run.__bindgen_anon_1.msr };
+                let msr = exit.index;
+                let access = if run.exit_reason == KVM_EXIT_X86_RDMSR {
+                    MsrAccess::Read { msr }
+                } else {
+                    let value = exit.data;
+                    MsrAccess::Write { msr, value }
+                };
+                (exit.reason == KVM_MSR_EXIT_REASON_FILTER).then_some(Self::Msr(access))
             }
             _ => None,
         }

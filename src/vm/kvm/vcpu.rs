@@ -5,10 +5,13 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Error, VcpuFd};
 
-use super::exit::Exit;
+use super::exit::{Exit, MsrAccess};
+use super::vcpu_msrs::{Outcome, VcpuMsrs};
 use super::vm::{Decision, Shared};
+use crate::vm::enforcer::{Action, Policy};
 
 const EINTR: i32 = 4;
 const EIO: i32 = 5;
@@ -39,6 +42,9 @@ pub struct KvmVcpu {
     index: u32,
     /// It is to be given a #GP(0).
     faults: bool,
+    /// It is to try the instruction again that it had begun with these registers.
+    again: Option<kvm_regs>,
+    msrs: VcpuMsrs,
 }
 
 impl KvmVcpu {
@@ -47,6 +53,8 @@ impl KvmVcpu {
             shared,
             index,
             faults: false,
+            again: None,
+            msrs: VcpuMsrs::default(),
         }
     }
 
@@ -67,13 +75,19 @@ impl KvmVcpu {
             vcpu.set_vcpu_events(&events)?;
             self.faults = false;
         }
+        if let Some(regs) = self.again {
+            self.finish(vcpu)?;
+            vcpu.set_regs(&regs)?;
+            self.again = None;
+        }
+        self.msrs.catch_up(&self.shared.msrs, vcpu);
         Ok(())
     }
 
-    /// To be called after a KVM_RUN of `vcpu` that ended with KVM_EXIT_MMIO, and before the next.
-    /// The exit may be looked at before, but not be answered.
+    /// To be called after a KVM_RUN of `vcpu` that ended with KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR or
+    /// KVM_EXIT_X86_WRMSR, and before the next. The exit may be looked at before, but not be answered.
     ///
-    /// A store to memory that is not denied (it is watched, or not any more) is carried out here.
+    /// An access that is not denied (it is watched, or not any more) is carried out here.
     pub fn after_exit(&mut self, vcpu: &mut VcpuFd) -> Verdict {
         let decision = match Exit::of(vcpu.get_kvm_run()) {
             Some(Exit::Store { gpa, data, len }) => {
@@ -81,6 +95,7 @@ impl KvmVcpu {
                 let rip = vcpu.get_regs().ok().map(|regs| regs.rip);
                 self.shared.store(self.index, gpa, &data[..len], rip)
             }
+            Some(Exit::Msr(access)) => self.msr(vcpu, access),
             None => Decision::NotMine,
         };
         match decision {
@@ -93,6 +108,43 @@ impl KvmVcpu {
             Decision::Pause => Verdict::Pause,
             Decision::Shutdown => Verdict::Shutdown,
         }
+    }
+
+    fn msr(&mut self, vcpu: &mut VcpuFd, access: MsrAccess) -> Decision {
+        // KVM moves it on when the vCPU runs again.
+        let regs = vcpu.get_regs().ok();
+        let rip = regs.map(|regs| regs.rip);
+        let tell = |value, action| {
+            self.shared
+                .msr_violation(self.index, access, value, rip, action)
+        };
+        let (value, decision) = match self.msrs.access(&self.shared.msrs, vcpu, access) {
+            Outcome::Done { value, logged } => {
+                if logged {
+                    tell(value, Action::Audit);
+                }
+                (Some(value), Decision::Done)
+            }
+            Outcome::Fault => (None, Decision::Done),
+            Outcome::Denied => {
+                let policy = self.shared.on_violation();
+                tell(access.written(), Action::Refused(policy));
+                // There is nothing that a read could go on with.
+                let dropped = access.is_write().then_some(0);
+                match policy {
+                    Policy::Inject => (None, Decision::Done),
+                    Policy::Drop => (dropped, Decision::Done),
+                    Policy::Pause => (dropped, Decision::Pause),
+                    Policy::Shutdown => (dropped, Decision::Shutdown),
+                }
+            }
+            Outcome::Again => {
+                self.again = regs;
+                (regs.map(|_| 0), Decision::Done)
+            }
+        };
+        access.answer(vcpu.get_kvm_run(), value);
+        decision
     }
 
     /// Has KVM finish the instruction that `vcpu` has left KVM_RUN in.

@@ -16,18 +16,21 @@ use std::thread;
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::exit::MsrAccess;
 use super::memory::{DeviceMemory, Gate};
 use super::memslots::Memslots;
+use super::msrs::{MsrPolicyError, Msrs};
 use super::slots::{Frames, Op, Plan, PlanError, RegionsError, Slots};
 use super::vcpu::KvmVcpu;
 use super::violations::Violations;
 use crate::log_limit::{LogLimit, log_limited};
+use crate::protect::msr::Policy as MsrPolicy;
 use crate::protect::{
     Attributes, Change, Demand, Deny, GfnRange, Order, PAGE_SHIFT, Protection, Table,
 };
 use crate::vm::enforcer::{
-    Accelerator, Access, Action, Enforcer, InForce, MsrInfo, Outcome, Policy, Source, Target,
-    Violation, VmEvents, VmInfo,
+    Accelerator, Access, Action, Enforcer, HostPolicyOutcome, InForce, Outcome, Policy, Source,
+    Target, Violation, VmEvents, VmInfo,
 };
 
 static FAILED: LogLimit = LogLimit::new(5);
@@ -35,11 +38,11 @@ static FAILED: LogLimit = LogLimit::new(5);
 /// Most ranges in one request.
 const MAX_REQUEST_RANGES: u32 = 4096;
 
-const EPERM: u32 = 1;
-const EIO: u32 = 5;
+pub(super) const EPERM: u32 = 1;
+pub(super) const EIO: u32 = 5;
 const EINVAL: u32 = 22;
-const ENOSPC: u32 = 28;
-const EOPNOTSUPP: u32 = 95;
+pub(super) const ENOSPC: u32 = 28;
+pub(super) const EOPNOTSUPP: u32 = 95;
 const ESTALE: u32 = 116;
 
 /// How the VMM brings its vCPUs to a stand.
@@ -63,12 +66,26 @@ pub trait Vcpus: Send + Sync {
 /// What an embedder chooses.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What becomes of a denied store.
+    /// What becomes of a denied access, as far as the access allows it (`docs/device.md`).
     pub on_violation: Policy,
     /// Most disjoint ranges in force at once.
     pub max_ranges: u32,
     /// Numbers of memslots that nobody else uses; the end is at most `KVM_CAP_NR_MEMSLOTS`.
     pub slots: Range<u16>,
+    /// The host's rules for MSRs, in force from the start for as long as there is the VM.
+    pub msr_policy: Option<MsrPolicy>,
+}
+
+impl Options {
+    /// A denied access is a fault, there is room for 4096 ranges, and the host has no rules for MSRs.
+    pub fn new(slots: Range<u16>) -> Self {
+        Self {
+            on_violation: Policy::Inject,
+            max_ranges: MAX_REQUEST_RANGES,
+            slots,
+            msr_policy: None,
+        }
+    }
 }
 
 /// Why there is no [`KvmVm`].
@@ -89,6 +106,9 @@ pub enum NewError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// The host's rules for MSRs cannot be enforced.
+    #[error("the host's rules for MSRs cannot be enforced: {0}")]
+    MsrPolicy(#[from] MsrPolicyError),
 }
 
 /// What becomes of an access of a vCPU.
@@ -115,6 +135,7 @@ pub(super) struct Shared {
     memslots: Memslots,
     options: Options,
     gate: Gate,
+    pub(super) msrs: Msrs,
     state: Mutex<State>,
     inbox: Mutex<Inbox>,
     filled: Condvar,
@@ -169,15 +190,20 @@ enum Failed {
 }
 
 /// A status and the entry that it is about.
-type Refused = (u32, Option<usize>);
+pub(super) type Refused = (u32, Option<usize>);
 
 impl KvmVm {
     /// Takes over the memslots of `memory` in `vm`, all read-write; the VMM makes none for it. When this
-    /// is dropped they go, and then `memory` is let go of.
+    /// is dropped they go, and then `memory` is let go of. No vCPU has run yet.
+    ///
+    /// Takes over the VM's MSR filter (KVM_X86_SET_MSR_FILTER), too, where there is one: the VMM sets
+    /// none, and leaves KVM_MSR_EXIT_REASON_FILTER in what it enables of KVM_CAP_X86_USER_SPACE_MSR.
+    /// A vCPU of another VM, which never runs, is asked what can be enforced: /dev/kvm is opened for it
+    /// here, and where that cannot be done there are no rules for MSRs.
     ///
     /// # Errors
     ///
-    /// [`NewError`]. The VM has none of the memslots then.
+    /// [`NewError`]. The VM has none of the memslots then, and no filter.
     pub fn new(
         vm: Arc<VmFd>,
         memory: Arc<GuestMemoryMmap>,
@@ -186,7 +212,7 @@ impl KvmVm {
         if !vm.check_extension(Cap::ReadonlyMem) {
             return Err(NewError::NoReadOnly);
         }
-        let memslots = Memslots::new(vm, memory);
+        let memslots = Memslots::new(Arc::clone(&vm), memory);
         let slots = Slots::new(&memslots.regions(), options.slots.clone())?;
         for (made, slot) in slots.iter().enumerate() {
             let gpa = slot.gpa;
@@ -195,6 +221,8 @@ impl KvmVm {
                 return Err(NewError::Memslot { gpa, source });
             }
         }
+        let msrs = Msrs::new(vm, options.msr_policy.clone())
+            .inspect_err(|_| memslots.let_go(slots.iter()))?;
         let state = State {
             generation: 1,
             pages: Table::default(),
@@ -206,6 +234,7 @@ impl KvmVm {
                 memslots,
                 options,
                 gate: Gate::default(),
+                msrs,
                 state: Mutex::new(state),
                 inbox: Mutex::default(),
                 filled: Condvar::new(),
@@ -235,6 +264,9 @@ impl KvmVm {
     /// The VM is being reset: nothing that the guest asked for is in force when this returns, unless
     /// [`Vcpus::shut_down`] was called. The vCPUs may stand still already. Not to be called from
     /// [`Vcpus`].
+    ///
+    /// Of MSRs that the host's rules pin, a vCPU keeps anew what they hold when it runs next: give it
+    /// the values of power-on before that.
     pub fn reset(&self) {
         let mut inbox = self.shared.inbox();
         if !inbox.served {
@@ -348,6 +380,9 @@ impl Shared {
         first.connected(self.info());
         let (generation, in_force) = self.in_force();
         let _ = first.state(0, generation, in_force);
+        if self.msrs.host().is_some() {
+            first.host_policy(HostPolicyOutcome::InForce);
+        }
         drop(first);
         loop {
             let (violations, task) = {
@@ -389,7 +424,7 @@ impl Shared {
             generation: self.state().generation,
             max_ranges: self.options.max_ranges,
             max_request_ranges: MAX_REQUEST_RANGES,
-            msrs: MsrInfo::default(),
+            msrs: self.msrs.info(),
         }
     }
 
@@ -397,7 +432,8 @@ impl Shared {
         let state = self.state();
         let in_force = InForce {
             pages: state.pages.clone(),
-            ..InForce::default()
+            msrs: self.msrs.table(),
+            host: self.msrs.host().cloned(),
         };
         (state.generation, in_force)
     }
@@ -417,7 +453,7 @@ impl Shared {
                     index: index.and_then(|index| u32::try_from(index).ok()),
                     generation: state.generation,
                     ranges_in_force: u32::try_from(state.pages.len()).unwrap_or(u32::MAX),
-                    msr_ranges_in_force: 0,
+                    msr_ranges_in_force: self.msrs.ranges(),
                 };
                 drop(state);
                 let _ = events.result(seq, outcome);
@@ -461,7 +497,11 @@ impl Shared {
                 change
             }
             Demand::Seal => state.pages.seal(),
-            Demand::Msrs(_) => return Err((EOPNOTSUPP, None)),
+            Demand::Msrs(order) => {
+                // vCPU threads that deal with an exit want it.
+                drop(state);
+                return self.msrs.carry_out(order, vcpus);
+            }
         };
         if state.pages.len_after(&change) > self.options.max_ranges as usize {
             return Err((ENOSPC, None));
@@ -473,7 +513,11 @@ impl Shared {
         })?;
         // vCPU threads that deal with an exit want it.
         drop(state);
-        self.put_in_force(plan, Pages::Change(change), vcpus)
+        self.put_in_force(plan, Pages::Change(change), vcpus)?;
+        if let Demand::Seal = demand {
+            self.msrs.seal();
+        }
+        Ok(())
     }
 
     /// Every page of every entry is guest memory.
@@ -551,7 +595,9 @@ impl Shared {
         let broken = state.broken;
         drop(state);
         let done = match plan {
-            Ok(plan) if !broken => self.put_in_force(plan, Pages::Freed, vcpus),
+            Ok(plan) if !broken => self
+                .put_in_force(plan, Pages::Freed, vcpus)
+                .and_then(|()| self.msrs.reset(vcpus)),
             _ => Err((EIO, None)),
         };
         let mut state = self.state();
@@ -573,6 +619,42 @@ impl Shared {
         drop(state);
         self.inbox().violations.clear();
         Some(generation)
+    }
+
+    fn tell(&self, violation: Violation) {
+        self.inbox().violations.push(violation);
+        self.filled.notify_one();
+    }
+
+    pub(super) fn on_violation(&self) -> Policy {
+        self.options.on_violation
+    }
+
+    /// An access to an MSR was denied or logged; `value` is what was to be written, or was read.
+    pub(super) fn msr_violation(
+        &self,
+        vcpu: u32,
+        access: MsrAccess,
+        value: u64,
+        rip: Option<u64>,
+        action: Action,
+    ) {
+        self.tell(Violation {
+            access: if access.is_write() {
+                Access::Write
+            } else {
+                Access::Read
+            },
+            source: Source::Vcpu(vcpu),
+            target: Target::Msr(access.msr()),
+            gva: Violation::UNKNOWN,
+            rip: rip.unwrap_or(Violation::UNKNOWN),
+            value,
+            size: 8,
+            times: 1,
+            lost: 0,
+            action,
+        });
     }
 
     pub(super) fn store(&self, vcpu: u32, gpa: u64, data: &[u8], rip: Option<u64>) -> Decision {
@@ -598,7 +680,7 @@ impl Shared {
             let mut value = [0; 8];
             let size = data.len().min(8);
             value[..size].copy_from_slice(&data[..size]);
-            self.report(Violation {
+            self.tell(Violation {
                 rip: rip.unwrap_or(Violation::UNKNOWN),
                 value: u64::from_le_bytes(value),
                 size: data.len() as u32,
@@ -630,7 +712,7 @@ impl Shared {
         let mut watched = None;
         for (start, held) in held(&state.pages, gpa, len) {
             if held.deny().contains(Deny::NOWRITE) {
-                self.report(self.store_of(Source::Device, start, true));
+                self.tell(self.store_of(Source::Device, start, true));
                 return false;
             }
             if held.audit().contains(Deny::NOWRITE) {
@@ -638,7 +720,7 @@ impl Shared {
             }
         }
         if let Some(start) = watched {
-            self.report(self.store_of(Source::Device, start, false));
+            self.tell(self.store_of(Source::Device, start, false));
         }
         true
     }
@@ -660,11 +742,6 @@ impl Shared {
                 Action::Audit
             },
         }
-    }
-
-    fn report(&self, violation: Violation) {
-        self.inbox().violations.push(violation);
-        self.filled.notify_one();
     }
 }
 
