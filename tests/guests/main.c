@@ -9,6 +9,7 @@ struct start_info {		/* hvm_start_info of the PVH boot protocol */
 };
 
 static const struct test { const char *name; void (*run)(void); const char *what; } tests[] = {
+	{ "demo", t_demo, "a lock and attacks from all CPUs, for people" },
 	{ "machine", t_machine, "exceptions, CPL 3, the other CPUs, virtio-rng: what the tests stand on; no guard device" },
 	{ "probe", t_probe, "device found, features, configuration space" },
 	{ "lock-cpl0", t_lock_cpl0, "stores at CPL 0" },
