@@ -641,11 +641,13 @@ fn what_is_refused_changes_nothing() {
     let free = protection(page(0)..page(1), Attributes::default());
     let fresh = protection(page(8)..page(9), denied());
     let outside = protection(RAM >> 12..(RAM >> 12) + 1, denied());
+    let everything = protection(0..1 << 52, denied());
     let no_exec = Attributes::new(Deny::NOEXEC, Deny::empty());
     let scattered = (0..65).map(|n| protection(page(16 + 2 * n)..page(17 + 2 * n), denied()));
     for (demand, expected) in [
         (Order::Protect(vec![fresh, free]), (EPERM, Some(1))),
         (Order::Lock(vec![fresh, outside]), (EINVAL, Some(1))),
+        (Order::Lock(vec![everything]), (EINVAL, Some(0))),
         (
             Order::Lock(vec![
                 fresh,

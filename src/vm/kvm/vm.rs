@@ -524,9 +524,10 @@ impl Shared {
     fn check_ram(&self, order: &Order) -> Result<(), Refused> {
         for (index, entry) in order.entries().iter().enumerate() {
             let start = GuestAddress(entry.range.start().number() << PAGE_SHIFT);
-            let len = usize::try_from(entry.range.pages() << PAGE_SHIFT);
+            let len = entry.range.pages().checked_mul(1 << PAGE_SHIFT);
+            let len = len.and_then(|len| usize::try_from(len).ok());
             let memory = self.memslots.memory();
-            if !len.is_ok_and(|len| GuestMemoryBackend::check_range(memory, start, len)) {
+            if !len.is_some_and(|len| GuestMemoryBackend::check_range(memory, start, len)) {
                 return Err((EINVAL, Some(index)));
             }
         }
