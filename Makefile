@@ -23,6 +23,11 @@ build: setup companion qemu ## the companion and the patched QEMU
 companion:
 	$(CARGO) build --release --locked
 
+# The library's own VMM; the tests boot guests with it.
+.PHONY: embedded
+embedded:
+	$(CARGO) build --release --locked --example embedded
+
 .PHONY: guardctl
 guardctl: ## the program for the guest, static
 	@$(MAKE) --no-print-directory -C guest-driver guardctl CARGO=$(CARGO)
@@ -42,7 +47,7 @@ demo: build ## boot a Linux guest, lock it, attack it
 
 # One suite after the other, each with its time, and all of them even if one fails.
 .PHONY: check
-check: build guests ## every test: cargo's, then the functional suites tcg, kvm and lab
+check: build embedded guests ## every test: cargo's, then the functional suites tcg, kvm and lab
 	@scripts/stages lint rust $(SUITES)
 
 .PHONY: check-rust
@@ -52,13 +57,13 @@ check-rust: setup ## cargo's lints and tests only
 .PHONY: check-tcg check-kvm check-lab
 check-tcg: build guests ## functional tests with TCG
 	@scripts/stages tcg
-check-kvm: build guests ## functional tests with this machine's /dev/kvm
+check-kvm: build embedded guests ## functional tests with this machine's /dev/kvm
 	@scripts/stages kvm
-check-lab: build guests ## functional tests with a stock kernel's KVM, in the lab
+check-lab: build embedded guests ## functional tests with a stock kernel's KVM, in the lab
 	@scripts/stages lab
 
 .PHONY: lab
-lab: build guests ## a shell in the KVM lab's level 1
+lab: build embedded guests ## a shell in the KVM lab's level 1
 	@tests/lab/lab.py shell
 
 .PHONY: bench

@@ -45,24 +45,20 @@ pub(crate) fn load(
     Ok(entry)
 }
 
-/// The guest of `tests/guests`, as `make guests` builds it.
+/// The guest of `tests/guests`, which `make` builds unless it is there.
 fn built_guest() -> Result<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let out = root.join("build/guests");
-    let elf = out.join("guard-guest.elf");
-    if !elf.exists() {
-        let make = Command::new("make")
-            .args(["-s", "-C"])
-            .arg(root.join("tests/guests"))
-            .arg(format!("OUT={}", out.display()))
-            .status();
-        match make {
-            Ok(status) if status.success() => {}
-            Ok(_) => return Err("cannot build the guest (see above; it needs gcc and ld)".into()),
-            Err(e) => return Err(format!("cannot run make to build the guest: {e}")),
-        }
+    let make = Command::new("make")
+        .args(["-s", "-C"])
+        .arg(root.join("tests/guests"))
+        .arg(format!("OUT={}", out.display()))
+        .status();
+    match make {
+        Ok(status) if status.success() => Ok(out.join("guard-guest.elf")),
+        Ok(_) => Err("cannot build the guest (see above; it needs gcc and ld)".into()),
+        Err(e) => Err(format!("cannot run make to build the guest: {e}")),
     }
-    Ok(elf)
 }
 
 /// Loads an ELF; returns the entry point of its PVH note.
@@ -89,6 +85,9 @@ fn load_elf(file: &[u8], memory: &GuestMemoryMmap) -> Result<u64, Box<dyn Error>
     Ok(entry.ok_or("no PVH entry point")?.into())
 }
 
+/// Bit of CPUID's leaf 1, ECX: there is a hypervisor, whose leaves say which.
+const HYPERVISOR: u32 = 1 << 31;
+
 /// vCPU 0 begins at `entry`, in 32-bit protected mode; the others wait for it to start them.
 pub(crate) fn new_vcpu(
     kvm: &Kvm,
@@ -100,7 +99,10 @@ pub(crate) fn new_vcpu(
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     for leaf in cpuid.as_mut_slice() {
         match leaf.function {
-            1 => leaf.ebx = leaf.ebx & 0x00ff_ffff | u32::from(index) << 24,
+            1 => {
+                leaf.ebx = leaf.ebx & 0x00ff_ffff | u32::from(index) << 24;
+                leaf.ecx |= HYPERVISOR;
+            }
             0xb | 0x1f => leaf.edx = index.into(),
             _ => {}
         }

@@ -15,6 +15,10 @@ from harness.case import SUITE, BareMetalTest  # noqa: E402
 #: and nested guests hang on it that turn on EFER.SVME. SCE, NXE and FFXSR.
 LAB_CPU = ("lax=1", f"efer={0x4801}") if SUITE == "lab" else ()
 
+#: A software KVM has been seen to run a WRMSR again when it has been told of
+#: another EFER.NXE, as it is before the instruction ends.
+CHECKS = ("again=3221225600",) if SUITE == "kvm" else LAB_CPU
+
 
 class MsrRules(BareMetalTest):
     """One method for each test of the guest; all have two vCPUs.
@@ -54,11 +58,7 @@ class MsrInject(MsrRules):
 
     def test_checks(self):
         """What a rule lets through is checked as the CPU would."""
-        # A software KVM has been seen to run a WRMSR again when it has been
-        # told of another EFER.NXE, as it is before the instruction ends.
-        self.check("msr-checks",
-                   *(["again=3221225600"] if SUITE == "kvm" else LAB_CPU),
-                   deadline=240)
+        self.check("msr-checks", *CHECKS, deadline=240)
 
     def test_toggle(self):
         self.check("msr-toggle", "seconds=15", deadline=240)

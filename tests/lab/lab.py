@@ -12,8 +12,9 @@ which serves each of PORTS virtio-serial ports, one client at a time.
     lab.py boot         boot, print the directory for VHOST_GUARD_LAB, and keep
                         it up until interrupted
 
-Environment: VHOST_GUARD_QEMU, VHOST_GUARD_BIN, VHOST_GUARD_LAB_KERNEL (a name
-that tests/linux/kernels.py knows; default 6.12-cloud).
+Environment: VHOST_GUARD_QEMU, VHOST_GUARD_BIN, VHOST_GUARD_EMBEDDED,
+VHOST_GUARD_LAB_KERNEL (a name that tests/linux/kernels.py knows; default
+6.12-cloud).
 """
 
 import argparse
@@ -168,6 +169,12 @@ def companion_path():
                                REPO / "target" / "release" / "vhost-guard"))
 
 
+def embedded_path():
+    """The library's own VMM; `make embedded` makes it."""
+    return Path(os.environ.get("VHOST_GUARD_EMBEDDED", REPO / "target" /
+                               "release" / "examples" / "embedded"))
+
+
 def firmware_arguments():
     """-L for QEMU on the host."""
     return [word for path in FIRMWARE_DIRS for word in ("-L", str(path))]
@@ -176,8 +183,10 @@ def firmware_arguments():
 def default_files():
     """What tests use inside: (file, link for people)."""
     files = [(qemu_path(), "vg/bin/qemu-system-x86_64")]
-    if companion_path().exists():
-        files.append((companion_path(), "vg/bin/vhost-guard"))
+    for path, link in ((companion_path(), "vg/bin/vhost-guard"),
+                       (embedded_path(), "vg/bin/embedded")):
+        if path.exists():
+            files.append((path, link))
     for elf in sorted((REPO / "build" / "guests").glob("*.elf")):
         files.append((elf, f"vg/guests/{elf.name}"))
     return files

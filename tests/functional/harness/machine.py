@@ -88,7 +88,53 @@ class Companion:
         return json.loads(out)
 
 
-class Vm:
+class Booted:
+    """A VM on a host: a process with the guest's serial line on its standard
+    input and output."""
+
+    def __init__(self, host, name, command):
+        self.host = host
+        self.name = name
+        self.process = host.spawn(command, name=name)
+
+    @property
+    def console(self):
+        """The guest's serial line, a Stream."""
+        return self.process.stdout
+
+    @property
+    def log(self):
+        """The process's standard error, a Stream."""
+        return self.process.stderr
+
+    def type(self, text):
+        """Bytes on the guest's serial line."""
+        self.process.send(text.encode())
+
+    def ask(self, text, answer, deadline=60):
+        """Type, then wait for the answer on the console."""
+        self.type(text)
+        return self.expect(answer, deadline)
+
+    def expect(self, pattern, deadline=60):
+        """Wait for a line of the guest. If the VM ended, say how."""
+        try:
+            return self.console.expect(pattern, deadline * self.host.patience)
+        except Ended as err:
+            status = self.process.wait(10)
+            raise Ended(f"{self.name} ended with status {status}; stderr:\n"
+                        f"{self.log.tail()}\n{err}") from None
+
+    def wait(self, deadline=60):
+        """Wait for the process's end; returns its exit status."""
+        return self.process.wait(deadline * self.host.patience)
+
+    def alive(self):
+        """Does it run?"""
+        return self.process.poll() is None
+
+
+class Vm(Booted):
     """One QEMU with the guard device. `extra` is added to the command line."""
 
     count = 0
@@ -97,10 +143,9 @@ class Vm:
                  control=None, policy="inject", fault="gp", memory=256, smp=1,
                  machine="q35", bios="qboot.rom", cpu=None, reboot=True,
                  device="vhost-user-guard-pci"):
-        self.host = host
         Vm.count += 1
-        self.name = f"vm-{Vm.count}"
-        self._qmp_path = f"{directory}/{self.name}.qmp"
+        name = f"vm-{Vm.count}"
+        self._qmp_path = f"{directory}/{name}.qmp"
         command = [host.put(lab.qemu_path()), *host.firmware_arguments(),
                    "-accel", accel, "-smp", str(smp), "-m",
                    str(memory), "-object", "memory-backend-memfd,id=ram,"
@@ -118,7 +163,7 @@ class Vm:
             command += self.guard_arguments(companion.socket,
                                             control or companion.control,
                                             policy, fault, device)
-        self.process = host.spawn([*command, *extra], name=self.name)
+        super().__init__(host, name, [*command, *extra])
         self._qmp = None
 
     @staticmethod
@@ -134,16 +179,6 @@ class Vm:
                 "-device", f"{device},chardev=guard,guard=guard0"]
 
     @property
-    def console(self):
-        """The guest's serial line, a Stream."""
-        return self.process.stdout
-
-    @property
-    def log(self):
-        """QEMU's standard error, a Stream."""
-        return self.process.stderr
-
-    @property
     def qmp(self):
         """The monitor, connected at first use."""
         if self._qmp is None:
@@ -156,35 +191,9 @@ class Vm:
         """Connect the monitor now, so that no event is missed."""
         return self.qmp
 
-    def type(self, text):
-        """Bytes on the guest's serial line."""
-        self.process.send(text.encode())
-
-    def ask(self, text, answer, deadline=60):
-        """Type, then wait for the answer on the console."""
-        self.type(text)
-        return self.expect(answer, deadline)
-
-    def expect(self, pattern, deadline=60):
-        """Wait for a line of the guest. If QEMU ended, say how."""
-        try:
-            return self.console.expect(pattern, deadline * self.host.patience)
-        except Ended as err:
-            status = self.process.wait(10)
-            raise Ended(f"{self.name} ended with status {status}; stderr:\n"
-                        f"{self.log.tail()}\n{err}") from None
-
-    def wait(self, deadline=60):
-        """Wait for QEMU's end; returns its exit status."""
-        return self.process.wait(deadline * self.host.patience)
-
     def status(self):
         """The VM's run state."""
         return self.qmp.command("query-status")["status"]
-
-    def alive(self):
-        """Does QEMU run?"""
-        return self.process.poll() is None
 
     def quit(self):
         """Ask QEMU to end."""
@@ -193,6 +202,26 @@ class Vm:
         except Ended:
             pass
         return self.wait(20)
+
+
+class Embedded(Booted):
+    """The library's own VMM (examples/embedded) with one test of the
+    bare-metal guest: the device is in its process, there is no QEMU."""
+
+    #: Its exit status, in words.
+    PASS, FAIL, ERROR, SKIP, PAUSED, SHUTDOWN = range(6)
+
+    count = 0
+
+    def __init__(self, host, test, words=(), *, policy="inject", cpus=1,
+                 memory=256):
+        Embedded.count += 1
+        append = " ".join([f"test={test}",
+                           f"timeout={int(60 * host.patience)}", *words])
+        super().__init__(host, f"embedded-{Embedded.count}", [
+            host.put(lab.embedded_path()), "--on-violation", policy,
+            "--cpus", str(cpus), "--memory", str(memory),
+            host.put(GUEST_ELF), append])
 
 
 def bare_metal_arguments(host, test, policy, fault, accel, words=()):

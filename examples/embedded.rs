@@ -7,10 +7,13 @@
 //! boots the bare-metal guest of `tests/guests`, which locks a page and attacks it from two CPUs.
 //! The machine is the least that this guest runs on (`tests/guests/README.md`, "A small machine").
 //! What any VMM does for the library is here, to be read from [`run`] on; what it needs of virtio is
-//! in `virtio_mmio.rs`. Nothing in `boot.rs` and `bus.rs` has to do with the guard.
+//! in `embedded/virtio_mmio.rs`. Nothing in `boot.rs` and `bus.rs` beside it has to do with the guard.
 
+#[path = "embedded/boot.rs"]
 mod boot;
+#[path = "embedded/bus.rs"]
 mod bus;
+#[path = "embedded/virtio_mmio.rs"]
 mod virtio_mmio;
 
 use std::error::Error;
@@ -128,7 +131,7 @@ fn run(cli: &Cli) -> Result<End, Box<dyn Error>> {
     let options = Options {
         on_violation: cli.on_violation,
         max_ranges: 8192,
-        slots: 0..slots,
+        ..Options::new(0..slots)
     };
     let kvm_vm = KvmVm::new(Arc::clone(&vm), Arc::new(memory.clone()), options)?;
     let kvm_vm = Arc::new(kvm_vm);
@@ -280,7 +283,11 @@ impl Vcpus for Door {
         self.changed.notify_all();
     }
 
-    fn give_up(&self) {
+    fn pause(&self) {
+        let _ = self.ends.send(End::Paused);
+    }
+
+    fn shut_down(&self) {
         let why = "KVM has not given back memory that it had";
         let _ = self.ends.send(End::Failed(why.into()));
     }
