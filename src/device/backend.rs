@@ -149,7 +149,9 @@ impl VhostUserBackend for Backend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.device.config().read(offset, size)
+        let mut bytes = vec![0; size as usize];
+        self.device.config().read(offset.into(), &mut bytes);
+        bytes
     }
 
     fn set_config(&self, _offset: u32, _buf: &[u8]) -> io::Result<()> {

@@ -64,14 +64,12 @@ use vm_memory::{
 
 use super::ring::{LockedVring, Vring};
 use super::walker::what_was_said;
-pub use super::wire::{CONFIG_SIZE, MAX_QUEUE_SIZE};
+pub use super::wire::{CONFIG_SIZE, DEVICE_ID, MAX_QUEUE_SIZE};
 use super::{Device, InUse, PATIENCE, QUEUES, features};
 use crate::log_limit::{LogLimit, log_limited};
 
 static FAILED: LogLimit = LogLimit::new(5);
 
-/// The virtio device ID, from the experimental range (`docs/device.md`, "Device ID and queues").
-pub const DEVICE_ID: u32 = 63;
 /// Queues of the device: 0 is control, 1 events, 2 walk.
 pub const NUM_QUEUES: usize = QUEUES;
 
@@ -253,13 +251,7 @@ impl Embedded {
     /// Fields move without a configuration change interrupt. A transport with a configuration
     /// generation changes it when what is read differs from what was read last.
     pub fn read_config(&self, offset: u64, bytes: &mut [u8]) {
-        bytes.fill(0);
-        let config = self.device.config().encode();
-        let there = usize::try_from(offset).ok().and_then(|at| config.get(at..));
-        if let Some(there) = there {
-            let len = there.len().min(bytes.len());
-            bytes[..len].copy_from_slice(&there[..len]);
-        }
+        self.device.config().read(offset, bytes);
     }
 
     /// The driver has set up a queue and enabled it. What is in it already is looked at without a

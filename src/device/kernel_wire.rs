@@ -38,7 +38,7 @@ const TOLD_UNMAPPED: u64 = 2;
 
 /// That pages get what the mappings of a space do not need.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KernelRequest {
+pub(super) struct KernelRequest {
     /// Which tables, read how.
     pub space: Space,
     /// Pages and what they may get; the last one on a page counts.

@@ -23,7 +23,7 @@ mod ring;
 mod vm_events;
 mod walk;
 mod walker;
-pub mod wire;
+mod wire;
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -19,7 +19,7 @@ const IMMUTABLE: u32 = 1 << 31;
 
 /// Which MSRs, and which accesses to them. Those that no rule can speak of may be among them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MsrQuery {
+pub(super) struct MsrQuery {
     /// The first.
     pub first: u32,
     /// The last.

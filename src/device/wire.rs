@@ -13,29 +13,31 @@ use crate::protect::msr::{MAX_BITMAP_SIZE, MAX_BITMAPS};
 use crate::protect::{Attributes, Demand, Deny, GfnRange, Order, Protection};
 use crate::vm::enforcer::{Access, Action, Policy, Source, Target, Violation};
 
-/// Virtio device ID: the end of the range that virtio-pci can express, left to experiments.
+/// The virtio device ID: the end of the range that virtio-pci can express (virtio 1.3, 4.1.2), left to
+/// experiments (`docs/device.md`, "Device ID and queues").
 pub const DEVICE_ID: u32 = 63;
-/// Most entries that a driver may give a queue. QEMU lets a guest choose up to this many, whatever the device asks for.
+/// Most entries that a driver may give a queue (`docs/device.md`, "Device ID and queues"). QEMU lets a guest
+/// choose up to this many, whatever the device asks for.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// Chains that are served at once; more wait in the ring.
-pub const QUEUE_SIZE: u16 = 64;
+pub(super) const QUEUE_SIZE: u16 = 64;
 /// Most descriptors in a chain that is served.
-pub const MAX_DESCRIPTORS: usize = 256;
+pub(super) const MAX_DESCRIPTORS: usize = 256;
 /// Most entries in one request.
-pub const MAX_REQUEST_RANGES: u32 = 4096;
+pub(super) const MAX_REQUEST_RANGES: u32 = 4096;
 /// Bytes of a request before its entries.
-pub const REQUEST_HEADER_SIZE: usize = 8;
+pub(super) const REQUEST_HEADER_SIZE: usize = 8;
 /// Most device-readable bytes that a request can use, on either queue.
-pub const MAX_REQUEST_SIZE: usize =
+pub(super) const MAX_REQUEST_SIZE: usize =
     kernel_wire::HEADER_SIZE + RANGE_SIZE * MAX_REQUEST_RANGES as usize;
 /// Bytes of a response, before what some requests are told besides.
-pub const RESPONSE_SIZE: usize = 16;
+pub(super) const RESPONSE_SIZE: usize = 16;
 /// Bytes of an event.
-pub const EVENT_SIZE: usize = 64;
-/// Bytes of the configuration space.
+pub(super) const EVENT_SIZE: usize = 64;
+/// Bytes of the configuration space (`docs/device.md`, "Configuration space").
 pub const CONFIG_SIZE: usize = 80;
 /// Bytes of an entry.
-pub const RANGE_SIZE: usize = 24;
+pub(super) const RANGE_SIZE: usize = 24;
 
 const TYPE_LOCK: u16 = 1;
 const TYPE_PROTECT: u16 = 2;
@@ -68,7 +70,7 @@ const KERNEL_FEATURE: u64 = 1 << 6;
 
 /// A queue that takes requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Lane {
+pub(super) enum Lane {
     /// All kinds but one.
     #[default]
     Control,
@@ -78,10 +80,10 @@ pub enum Lane {
 
 impl Lane {
     /// All there are.
-    pub const ALL: [Self; 2] = [Self::Control, Self::Walk];
+    pub(super) const ALL: [Self; 2] = [Self::Control, Self::Walk];
 
     /// Least bytes of an answer.
-    pub fn answer_size(self) -> usize {
+    pub(super) fn answer_size(self) -> usize {
         match self {
             Self::Control => RESPONSE_SIZE,
             Self::Walk => kernel_wire::ANSWER_SIZE,
@@ -90,7 +92,7 @@ impl Lane {
 
     /// The one whose turn it is next.
     #[must_use]
-    pub fn other(self) -> Self {
+    pub(super) fn other(self) -> Self {
         match self {
             Self::Control => Self::Walk,
             Self::Walk => Self::Control,
@@ -100,7 +102,7 @@ impl Lane {
 
 /// Rights that can be taken away, those that can be watched, and what else can be asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Rights {
+pub(super) struct Rights {
     /// They can be denied.
     pub deny: Deny,
     /// They can be watched instead.
@@ -113,7 +115,7 @@ pub struct Rights {
 
 impl Rights {
     /// The feature bits to offer on a host that can do this.
-    pub fn features(self) -> u64 {
+    pub(super) fn features(self) -> u64 {
         let denied: u64 = DENY_FEATURES
             .iter()
             .filter(|(_, deny)| self.deny.contains(*deny))
@@ -131,7 +133,7 @@ impl Rights {
 
     /// What of this a driver may use that negotiated `features`.
     #[must_use]
-    pub fn negotiated(self, features: u64) -> Self {
+    pub(super) fn negotiated(self, features: u64) -> Self {
         let deny: Deny = DENY_FEATURES
             .iter()
             .filter(|(bit, _)| features & (1 << bit) != 0)
@@ -158,7 +160,7 @@ impl Rights {
 /// The status of a response that is not 0: a Linux errno.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Errno {
+pub(super) enum Errno {
     /// An immutable page would be loosened.
     Eperm = 1,
     /// The VM's side failed for a reason of its own.
@@ -185,7 +187,7 @@ pub enum Errno {
 
 impl Errno {
     /// The errno with this number, if the device's specification has it.
-    pub fn from_number(number: u32) -> Option<Self> {
+    pub(super) fn from_number(number: u32) -> Option<Self> {
         use Errno::*;
         [
             Eperm, Eio, E2big, Eacces, Efault, Ebusy, Einval, Enospc, Eoverflow, Eopnotsupp, Estale,
@@ -197,7 +199,7 @@ impl Errno {
 
 /// Why a request is refused: the status and index of its response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub(super) struct Refusal {
     /// The status.
     pub errno: Errno,
     /// The first entry that is wrong, where one is.
@@ -212,7 +214,7 @@ impl From<Errno> for Refusal {
 
 /// What a driver may ask for at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub(super) struct Limits {
     /// What the host can do and was negotiated.
     pub rights: Rights,
     /// Most entries in one request: at most [`MAX_REQUEST_RANGES`].
@@ -221,7 +223,7 @@ pub struct Limits {
 
 /// What a driver asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Request {
+pub(super) enum Request {
     /// That something be changed.
     Order {
         /// What.
@@ -268,7 +270,7 @@ impl From<Demand> for Request {
 /// # Errors
 ///
 /// The status and index of the response.
-pub fn parse_request(
+pub(super) fn parse_request(
     lane: Lane,
     bytes: &[u8],
     total: u64,
@@ -372,7 +374,7 @@ pub(super) fn parse_entry(
 
 /// The answer to a request. `Ok` carries the value: the generation in which the order holds, or
 /// how many ranges a query has found.
-pub fn encode_response(response: Result<u64, Refusal>) -> [u8; RESPONSE_SIZE] {
+pub(super) fn encode_response(response: Result<u64, Refusal>) -> [u8; RESPONSE_SIZE] {
     let (status, index, value) = match response {
         Ok(value) => (0, NO_INDEX, value),
         Err(Refusal { errno, index }) => (errno as u32, index.unwrap_or(NO_INDEX), 0),
@@ -385,7 +387,7 @@ pub fn encode_response(response: Result<u64, Refusal>) -> [u8; RESPONSE_SIZE] {
 }
 
 /// An entry of the answer to a `QUERY`.
-pub fn encode_range(Protection { range, attributes }: Protection) -> [u8; RANGE_SIZE] {
+pub(super) fn encode_range(Protection { range, attributes }: Protection) -> [u8; RANGE_SIZE] {
     let mut bytes = [0; RANGE_SIZE];
     put(&mut bytes, 0, &range.start().number().to_le_bytes());
     put(&mut bytes, 8, &range.end().number().to_le_bytes());
@@ -395,7 +397,10 @@ pub fn encode_range(Protection { range, attributes }: Protection) -> [u8; RANGE_
 
 /// The answer to a query: of what holds, as many entries as go into `room` bytes. Also returns how
 /// many there are.
-pub fn encode_query(held: impl Iterator<Item = [u8; RANGE_SIZE]>, room: u64) -> (Vec<u8>, u64) {
+pub(super) fn encode_query(
+    held: impl Iterator<Item = [u8; RANGE_SIZE]>,
+    room: u64,
+) -> (Vec<u8>, u64) {
     let most = room.saturating_sub(RESPONSE_SIZE as u64) / RANGE_SIZE as u64;
     let most = most.min(u64::from(MAX_REQUEST_RANGES));
     let mut bytes = vec![0; RESPONSE_SIZE];
@@ -411,7 +416,7 @@ pub fn encode_query(held: impl Iterator<Item = [u8; RANGE_SIZE]>, room: u64) -> 
 }
 
 /// A violation as an event; `lost` is the device's own count, not that of the violation.
-pub fn encode_event(violation: &Violation, lost: u64) -> [u8; EVENT_SIZE] {
+pub(super) fn encode_event(violation: &Violation, lost: u64) -> [u8; EVENT_SIZE] {
     let access: u16 = match violation.access {
         Access::Write => 1,
         Access::Fetch => 2,
@@ -449,7 +454,7 @@ pub fn encode_event(violation: &Violation, lost: u64) -> [u8; EVENT_SIZE] {
 
 /// The fields of the configuration space that are not constant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Config {
+pub(super) struct Config {
     /// What the host enforces and watches now.
     pub rights: Rights,
     /// Most entries in one request.
@@ -474,7 +479,7 @@ pub struct Config {
 
 impl Config {
     /// The configuration space.
-    pub fn encode(&self) -> [u8; CONFIG_SIZE] {
+    pub(super) fn encode(&self) -> [u8; CONFIG_SIZE] {
         let mut bytes = [0; CONFIG_SIZE];
         put(&mut bytes, 0, &CONFIG_VERSION.to_le_bytes());
         put(&mut bytes, 4, &4096u32.to_le_bytes());
@@ -492,15 +497,15 @@ impl Config {
         bytes
     }
 
-    /// `size` bytes of the configuration space from `offset` on, zeros behind its end.
-    pub fn read(&self, offset: u32, size: u32) -> Vec<u8> {
-        let mut bytes = vec![0; size as usize];
+    /// The configuration space from `offset` on, zeros behind its end.
+    pub(super) fn read(&self, offset: u64, bytes: &mut [u8]) {
+        bytes.fill(0);
         let config = self.encode();
-        if let Some(there) = config.get(offset as usize..) {
-            let n = there.len().min(bytes.len());
-            bytes[..n].copy_from_slice(&there[..n]);
+        let there = usize::try_from(offset).ok().and_then(|at| config.get(at..));
+        if let Some(there) = there {
+            let len = there.len().min(bytes.len());
+            bytes[..len].copy_from_slice(&there[..len]);
         }
-        bytes
     }
 }
 

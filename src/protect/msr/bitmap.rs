@@ -10,13 +10,13 @@ use rangemap::RangeMap;
 use super::{Access, Action, END, MsrRange, Rule, RuleError, X2APIC};
 
 /// Most bitmaps that are looked at together: what a KVM filter has.
-pub const MAX_BITMAPS: usize = 16;
+pub(crate) const MAX_BITMAPS: usize = 16;
 
 /// Most rules that bitmaps may stand for together: as many as a request can have.
-pub const MAX_BITMAP_RULES: usize = 4096;
+pub(crate) const MAX_BITMAP_RULES: usize = 4096;
 
 /// Most bytes of one with its header.
-pub const MAX_BITMAP_SIZE: usize = HEADER + MAX_LEN;
+pub(crate) const MAX_BITMAP_SIZE: usize = HEADER + MAX_LEN;
 
 /// Most bytes of its bits: `KVM_MSR_ALLOWLIST_MAX_LEN`.
 const MAX_LEN: usize = 0x600;
@@ -26,7 +26,7 @@ const HEADER: usize = 16;
 
 /// Why bytes are not a bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BitmapError {
+pub(crate) enum BitmapError {
     /// The bytes end too early.
     #[error("the bytes end inside the bitmap")]
     Short,
@@ -55,7 +55,7 @@ pub enum BitmapError {
 
 /// Why bytes are not bitmaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BitmapsRefused {
+pub(crate) enum BitmapsRefused {
     /// More than [`MAX_BITMAPS`].
     #[error("more than 16 bitmaps")]
     TooMany,
@@ -79,7 +79,7 @@ pub enum BitmapsRefused {
 /// # Errors
 ///
 /// The first bitmap that is wrong, for the first reason in the order of `docs/msr.md`.
-pub fn rules_of_bitmaps(
+pub(crate) fn rules_of_bitmaps(
     mut bytes: &[u8],
     count: usize,
 ) -> Result<Vec<(usize, Rule)>, BitmapsRefused> {

@@ -21,8 +21,8 @@ mod rules;
 mod table;
 
 pub use action::{OnRead, OnWrite};
-pub use bitmap::{
-    BitmapError, BitmapsRefused, MAX_BITMAP_RULES, MAX_BITMAP_SIZE, MAX_BITMAPS, rules_of_bitmaps,
+pub(crate) use bitmap::{
+    BitmapError, BitmapsRefused, MAX_BITMAP_SIZE, MAX_BITMAPS, rules_of_bitmaps,
 };
 pub use decide::{Answer, Decisions, Verdict};
 pub use filter::{Filter, FilterFull, FilterRange, MAX_FILTER_MSRS, MAX_FILTER_RANGES};

@@ -10,6 +10,7 @@ use std::iter::repeat_n;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
+use super::bitmap::MAX_BITMAP_RULES;
 use super::*;
 
 /// What KVM does with a filter, word for word as Linux has it (`kvm_msr_allowed()`): 32-bit sums

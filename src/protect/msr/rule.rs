@@ -33,7 +33,7 @@ const DENY: u16 = 4;
 
 impl Action {
     /// The action with these bits and, for a pin, this mask; `None` if there is none.
-    pub fn from_bits(bits: u16, mask: u64) -> Option<Self> {
+    pub(crate) fn from_bits(bits: u16, mask: u64) -> Option<Self> {
         Some(match (bits, mask) {
             (0, 0) => Self::Allow,
             (LOG, 0) => Self::Log,
@@ -45,7 +45,7 @@ impl Action {
     }
 
     /// Its bits, and its mask or 0.
-    pub fn bits(self) -> (u16, u64) {
+    pub(crate) fn bits(self) -> (u16, u64) {
         match self {
             Self::Allow => (0, 0),
             Self::Log => (LOG, 0),
