@@ -22,7 +22,8 @@ use crate::log_limit::{Chain, LogLimit, log_limited};
 use crate::msr_policy::PolicyFile;
 use crate::report::{Witness, status};
 use crate::vm::enforcer::VmEvents;
-use crate::vm::qemu::channel::{self, ChannelError, Outbox};
+pub use crate::vm::qemu::channel::ChannelError;
+use crate::vm::qemu::channel::{self, Outbox};
 
 static CONNECTIONS: LogLimit = LogLimit::new(10);
 

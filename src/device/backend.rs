@@ -36,13 +36,13 @@ use crate::log_limit::{LogLimit, log_limited};
 static REFUSED: LogLimit = LogLimit::new(5);
 
 /// Queues of the device: control, events and walk.
-pub const NUM_QUEUES: usize = QUEUES;
+pub(crate) const NUM_QUEUES: usize = QUEUES;
 /// The id under which the worker's epoll reports [`Backend::again`]; ids up to the number of
 /// queues belong to the crate.
-pub const AGAIN: u64 = NUM_QUEUES as u64 + 1;
+pub(crate) const AGAIN: u64 = NUM_QUEUES as u64 + 1;
 
 /// One vhost-user connection to the device.
-pub struct Backend {
+pub(crate) struct Backend {
     device: Arc<Device>,
     again: EventFd,
     /// What this connection was offered: it must not change while it lasts.
@@ -57,7 +57,7 @@ impl Backend {
     /// # Errors
     ///
     /// No descriptor is left, or the device has another front end.
-    pub fn new(
+    pub(crate) fn new(
         device: Arc<Device>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> io::Result<Self> {
@@ -78,23 +78,23 @@ impl Backend {
     }
 
     /// Wakes the worker when chains were left for later; to be put into its epoll as [`AGAIN`].
-    pub fn again(&self) -> RawFd {
+    pub(crate) fn again(&self) -> RawFd {
         self.again.as_raw_fd()
     }
 
     /// Has the connection closed if its worker dies.
-    pub fn watch_worker(&self, connection: ShutdownHandle) {
+    pub(crate) fn watch_worker(&self, connection: ShutdownHandle) {
         self.worker.watch(connection);
     }
 
     /// Whether the worker died while the connection was there.
-    pub fn worker_died(&self) -> bool {
+    pub(crate) fn worker_died(&self) -> bool {
         self.worker.died.load(Ordering::SeqCst)
     }
 
     /// The connection has ended and its `VhostUserDaemon` is about to be dropped: what its worker
     /// does now is no accident.
-    pub fn closing(&self) {
+    pub(crate) fn closing(&self) {
         self.worker.closing.store(true, Ordering::SeqCst);
     }
 }

@@ -10,7 +10,7 @@
 //! either held. Knows the enforcer and what keeps a vring as traits, and no socket.
 
 #[cfg(feature = "companion")]
-pub mod backend;
+pub(crate) mod backend;
 mod chain;
 mod control;
 pub mod embedded;

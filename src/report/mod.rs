@@ -11,7 +11,7 @@ pub mod events_file;
 mod memory;
 mod msr_rules;
 #[cfg(feature = "companion")]
-pub mod status;
+pub(crate) mod status;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -25,14 +25,14 @@ use super::{Snapshot, Status};
 use crate::log_limit::{LogLimit, log_limited};
 
 /// How long a client may take to read.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 /// How long to leave the listener alone when there is no descriptor left for a connection.
 const RETRY: Duration = Duration::from_secs(1);
 
 static FAILED: LogLimit = LogLimit::new(3);
 
 /// Serves the status socket. `ask` is called once for each client.
-pub fn serve(listener: &UnixListener, ask: impl Fn() -> Snapshot) -> ! {
+pub(crate) fn serve(listener: &UnixListener, ask: impl Fn() -> Snapshot) -> ! {
     loop {
         let served = listener.accept().map(|(stream, _)| {
             // A client that is gone, or does not read, has itself to blame.

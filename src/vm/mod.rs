@@ -8,4 +8,4 @@
 pub mod enforcer;
 pub mod kvm;
 #[cfg(feature = "companion")]
-pub mod qemu;
+pub(crate) mod qemu;

@@ -61,7 +61,7 @@ enum Closed {
 
 /// Messages on their way to QEMU. The way in for other threads.
 #[derive(Debug)]
-pub struct Outbox {
+pub(crate) struct Outbox {
     bytes: Mutex<Vec<u8>>,
     catch_up: Mutex<Option<u64>>,
     wake: EventFd,
@@ -73,7 +73,7 @@ impl Outbox {
     /// # Errors
     ///
     /// No descriptor is left.
-    pub fn new() -> Result<Self, ChannelError> {
+    pub(crate) fn new() -> Result<Self, ChannelError> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| ChannelError {
             what: "cannot create an eventfd",
             source,
@@ -126,7 +126,7 @@ impl Enforcer for Outbox {
 /// # Errors
 ///
 /// Returns only when the channel cannot go on at all.
-pub fn serve(
+pub(crate) fn serve(
     listener: UnixListener,
     outbox: &Outbox,
     events: &Arc<dyn VmEvents>,

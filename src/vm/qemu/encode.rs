@@ -18,7 +18,7 @@ const TYPE_MSR_RULES: u16 = 0x106;
 const FLAG_MSR_POLICY: u32 = 1;
 
 /// The companion's `HELLO`, and the host's policy with this `seq`, if there is one.
-pub fn encode_hello(policy: Option<(u64, &msr::Policy)>) -> Vec<u8> {
+pub(crate) fn encode_hello(policy: Option<(u64, &msr::Policy)>) -> Vec<u8> {
     let flags = if policy.is_some() { FLAG_MSR_POLICY } else { 0 };
     let mut bytes = header(TYPE_COMPANION_HELLO, 16, 0);
     for field in [MAGIC, VERSION, flags, 0] {
@@ -40,7 +40,7 @@ pub fn encode_hello(policy: Option<(u64, &msr::Policy)>) -> Vec<u8> {
 }
 
 /// `PROTECT`, `MSR_RULES` or `SEAL`.
-pub fn encode_demand(seq: u64, generation: u64, demand: &Demand) -> Vec<u8> {
+pub(crate) fn encode_demand(seq: u64, generation: u64, demand: &Demand) -> Vec<u8> {
     match demand {
         Demand::Pages(Order::Lock(entries)) => {
             encode_protect(seq, generation, entries, Attributes::IMMUTABLE)
@@ -89,7 +89,7 @@ fn rules_header(kind: u16, seq: u64, rules: usize) -> Vec<u8> {
 }
 
 /// `GET_STATE`.
-pub fn encode_get_state(seq: u64) -> Vec<u8> {
+pub(crate) fn encode_get_state(seq: u64) -> Vec<u8> {
     header(TYPE_GET_STATE, 0, seq)
 }
 

@@ -5,8 +5,8 @@
 //! [`wire`], [`encode`] and [`msr_wire`] are the format of `docs/control-channel.md`, [`channel`]
 //! the socket and its thread.
 
-pub mod channel;
-pub mod encode;
-pub mod msr_wire;
+pub(crate) mod channel;
+pub(crate) mod encode;
+pub(crate) mod msr_wire;
 mod session;
-pub mod wire;
+pub(crate) mod wire;

@@ -21,7 +21,7 @@ const IMMUTABLE: u32 = 1 << 31;
 
 /// Whose rule it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whose {
+pub(crate) enum Whose {
     /// The guest's.
     Guest,
     /// The host's.
@@ -39,7 +39,7 @@ impl std::fmt::Display for Whose {
 
 /// Why an `MSR_STATE` is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MsrStateError {
+pub(crate) enum MsrStateError {
     /// The numbers of rules are not what the length says, or there are too many of the host.
     #[error("MSR_STATE with {guest} rules of the guest and {host} of the host")]
     Count {
@@ -63,7 +63,7 @@ pub enum MsrStateError {
 
 /// What is wrong with a rule that is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Wrong {
+pub(crate) enum Wrong {
     /// These are no MSRs.
     #[error(transparent)]
     Range(#[from] MsrRangeError),
@@ -90,7 +90,7 @@ pub enum Wrong {
 
 /// All rules for MSRs of a VM, but for the default of the host's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MsrState {
+pub(crate) struct MsrState {
     /// The guest's.
     pub table: Table,
     host: Vec<HostRule>,
@@ -98,12 +98,12 @@ pub struct MsrState {
 
 impl MsrState {
     /// Whether the host has rules.
-    pub fn has_host_rules(&self) -> bool {
+    pub(crate) fn has_host_rules(&self) -> bool {
         !self.host.is_empty()
     }
 
     /// The host's rules with this default.
-    pub fn host(&self, unlisted: Unlisted) -> Policy {
+    pub(crate) fn host(&self, unlisted: Unlisted) -> Policy {
         Policy::new(unlisted, &self.host).expect("sorted and disjoint")
     }
 }

@@ -16,13 +16,13 @@ use crate::vm::enforcer::{
 };
 
 /// "VGRD", the first field of a `HELLO`.
-pub const MAGIC: u32 = 0x4452_4756;
+pub(crate) const MAGIC: u32 = 0x4452_4756;
 /// The version of the channel that is spoken here.
-pub const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 3;
 /// Bytes of a message header.
-pub const HEADER_SIZE: usize = 16;
+pub(crate) const HEADER_SIZE: usize = 16;
 /// Most payload bytes in a message from QEMU.
-pub const MAX_PAYLOAD: u32 = 1 << 20;
+pub(crate) const MAX_PAYLOAD: u32 = 1 << 20;
 
 const HELLO_SIZE: u32 = 72;
 const STATE_HEADER_SIZE: u32 = 16;
@@ -46,7 +46,7 @@ const SOURCE_DEVICE: u32 = u32::MAX;
 
 /// Why a message is not one of the specification's.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum WireError {
+pub(crate) enum WireError {
     /// No message has this type.
     #[error("message of unknown type {0:#x}")]
     UnknownType(u16),
@@ -117,7 +117,7 @@ pub enum WireError {
 
 /// A message header that passed the checks that need no payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     kind: u16,
     length: u32,
     seq: u64,
@@ -129,7 +129,7 @@ impl Header {
     /// # Errors
     ///
     /// Unknown type, flags, or a payload length that the type does not allow.
-    pub fn decode(bytes: &[u8; HEADER_SIZE]) -> Result<Self, WireError> {
+    pub(crate) fn decode(bytes: &[u8; HEADER_SIZE]) -> Result<Self, WireError> {
         let mut fields = Fields(bytes);
         let (kind, flags) = (fields.u16(), fields.u16());
         let (length, seq) = (fields.u32(), fields.u64());
@@ -154,14 +154,14 @@ impl Header {
     }
 
     /// Bytes of payload that follow: at most [`MAX_PAYLOAD`].
-    pub fn payload_len(&self) -> usize {
+    pub(crate) fn payload_len(&self) -> usize {
         self.length as usize
     }
 }
 
 /// What QEMU says first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hello {
+pub(crate) struct Hello {
     /// What this VM is and can enforce.
     pub vm: VmInfo,
     /// What the host's policy says of MSRs that it does not list; `None` if there is no policy.
@@ -170,7 +170,7 @@ pub struct Hello {
 
 /// A message from QEMU.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Message {
+pub(crate) enum Message {
     /// What this VM is and can enforce, and whether it has a policy.
     Hello(Hello),
     /// All rules for MSRs; a `STATE` with this `seq` and this generation follows.
@@ -217,7 +217,7 @@ impl Message {
     /// # Panics
     ///
     /// `payload` has another length.
-    pub fn decode(header: &Header, payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn decode(header: &Header, payload: &[u8]) -> Result<Self, WireError> {
         assert_eq!(
             payload.len(),
             header.payload_len(),
