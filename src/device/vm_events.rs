@@ -5,7 +5,7 @@
 //! The owner's word counts. What it says is in force replaces what was believed, and requests are
 //! held against nothing else.
 
-use jiff::Timestamp;
+use std::time::SystemTime;
 
 use super::control::response_of;
 use super::in_force::InForce;
@@ -170,7 +170,7 @@ impl VmEvents for Device {
 
     fn violation(&self, violation: Violation) {
         log_limited!(VIOLATIONS, Warn, "violation: {violation}");
-        let time = Timestamp::now();
+        let time = SystemTime::now();
         let mut state = self.lock();
         let seen = Seen {
             time,

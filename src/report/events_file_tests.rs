@@ -2,7 +2,8 @@
 
 //! The writer on a clock and a disk of the test's own.
 
-use jiff::Timestamp;
+use std::time::{Duration, SystemTime};
+
 use serde_json::Value;
 
 use super::*;
@@ -10,7 +11,7 @@ use crate::vm::enforcer::{Access, Action, Policy, Source, Target, Violation};
 
 fn seen(gpa: u64, times: u32) -> Seen {
     Seen {
-        time: Timestamp::from_second(1_700_000_000).unwrap(),
+        time: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
         generation: 2,
         violation: Violation {
             access: Access::Write,

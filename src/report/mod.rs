@@ -13,6 +13,8 @@ mod msr_rules;
 #[cfg(feature = "companion")]
 pub(crate) mod status;
 
+use std::time::SystemTime;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use vm_memory::FileOffset;
@@ -30,7 +32,7 @@ pub const FORMAT: u32 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// By the companion's clock.
-    pub time: Timestamp,
+    pub time: SystemTime,
     /// The VM's generation then.
     pub generation: u64,
     /// What was seen.
@@ -221,9 +223,11 @@ impl From<&Seen> for Event {
             Target::Memory(gpa) => (Some(hex(gpa)), None),
             Target::Msr(number) => (None, Some(hex(number.into()))),
         };
+        // A clock that is beyond the year 9999 has nothing better to say.
+        let time = Timestamp::try_from(seen.time).unwrap_or(Timestamp::MAX);
         let size = (violation.size != 0).then_some(violation.size);
         Self {
-            time: format!("{:.6}", seen.time),
+            time: format!("{time:.6}"),
             generation: seen.generation,
             access: violation.access.to_string(),
             source: violation.source.to_string(),
