@@ -75,6 +75,7 @@ pub const NUM_QUEUES: usize = QUEUES;
 
 /// Why something cannot be done. The numbers are those that a driver gave.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum EmbeddedError {
     /// The device is served by somebody else.
     #[error(transparent)]
@@ -151,6 +152,7 @@ pub struct QueueConfig {
 ///
 /// Dropping it leaves what the guest has locked in force: that is the enforcer's. From then on
 /// no queue is touched, and no interrupt comes but one that is on its way.
+#[must_use = "the queues are served until it is dropped"]
 pub struct Embedded {
     device: Arc<Device>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
@@ -213,6 +215,7 @@ impl Embedded {
     /// The first call waits up to a second for the enforcer to say what it can enforce
     /// ([`connected`](crate::vm::enforcer::VmEvents::connected)); what is offered then stays so, that
     /// of an enforcer that has not said it too.
+    #[must_use]
     pub fn features(&self) -> u64 {
         *self
             .offered

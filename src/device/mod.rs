@@ -176,6 +176,7 @@ struct FrontEnd {
 impl Device {
     /// A device whose protections are enforced by `enforcer`, which also gives the VM's owner the
     /// host's rules of `policy`, and whose violations are told to `witness`.
+    #[must_use]
     pub fn new(
         enforcer: Arc<dyn Enforcer>,
         policy: Option<Arc<PolicyFile>>,
@@ -272,6 +273,7 @@ impl Device {
     }
 
     /// What is known now. Holds the lock only to copy it.
+    #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         Snapshot {
@@ -367,6 +369,20 @@ impl Device {
                 }
             }
         }
+    }
+}
+
+impl fmt::Debug for Device {
+    /// Waits for no lock, so that it may be shown from anywhere.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Device");
+        if let Ok(state) = self.state.try_lock() {
+            shown
+                .field("link", &state.link)
+                .field("vm", &state.vm)
+                .field("front_end", &state.front_end);
+        }
+        shown.finish_non_exhaustive()
     }
 }
 

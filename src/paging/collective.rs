@@ -25,6 +25,7 @@ const CHUNK: usize = 16;
 /// Linear addresses that are mapped to frame after frame, writable and executable in supervisor
 /// mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WriteExecMapping {
     /// The first address by which the frames were found.
     pub va: u64,

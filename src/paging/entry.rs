@@ -39,6 +39,7 @@ bitflags::bitflags! {
 
 impl Rights {
     /// Whether supervisor mode can execute what something can write.
+    #[must_use]
     pub fn is_write_exec(self) -> bool {
         self.contains(Self::WRITE | Self::EXEC_SUPERVISOR)
     }
@@ -56,6 +57,7 @@ impl fmt::Display for Rights {
 
 /// Why an entry that is present maps nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
 pub enum Mistake {
     /// Address bits at or above MAXPHYADDR.
     #[error("address bits above the physical address width")]

@@ -8,6 +8,7 @@ use super::{Mapping, Rights};
 /// Linear addresses mapped to as many guest-physical ones, in pages of one size with the same
 /// rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Extent {
     /// First linear address.
     pub va: u64,
@@ -68,6 +69,7 @@ impl Merger {
     }
 
     /// The last extent.
+    #[must_use]
     pub fn finish(self) -> Option<Extent> {
         self.last
     }

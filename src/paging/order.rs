@@ -10,6 +10,7 @@ use crate::protect::{Order, Protection, Table};
 
 /// What a plan comes to on a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PlannedOrder {
     /// What is to be set. Its entries are disjoint and ascending.
     pub order: Order,
@@ -71,6 +72,7 @@ impl Plan {
     }
 
     /// The first entry by which [`Self::protect`] would loosen a page that is immutable in `table`.
+    #[must_use]
     pub fn loosens(&self, table: &Table) -> Option<usize> {
         let mut first = None;
         for held in table.iter().filter(|held| held.attributes.is_immutable()) {

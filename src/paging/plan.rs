@@ -17,6 +17,7 @@ const TOLD_MAX: usize = 4096;
 
 /// What becomes of pages that no mapping leads to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Unmapped {
     /// Nothing, but they are counted.
     #[default]
@@ -32,6 +33,7 @@ pub enum Unmapped {
 
 /// What becomes of pages that are written and executed in supervisor mode, by one mapping or two.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum WriteExec {
     /// Nothing, but they are counted.
     #[default]
@@ -53,6 +55,7 @@ pub struct Policy {
 
 /// Pages by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Counts {
     /// Pages that the plan is about.
     pub pages: u64,
@@ -72,6 +75,7 @@ pub struct Counts {
 
 /// Pages of one entry that get one thing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Piece {
     /// The pages.
     pub range: GfnRange,
@@ -83,6 +87,8 @@ pub struct Piece {
 
 /// What pages get.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use = "a plan changes nothing until its order is carried out"]
 pub struct Plan {
     /// What the pages of each entry may get.
     offered: Vec<Attributes>,

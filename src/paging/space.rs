@@ -19,6 +19,7 @@ const EFER_NXE: u64 = 1 << 11;
 
 /// What makes no sense as something to walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SpaceError {
     /// The registers select another paging mode than that of 64-bit code.
     #[error("{0} is not set: this vCPU is not in 4-level or 5-level paging")]

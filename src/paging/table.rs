@@ -45,6 +45,7 @@ impl Default for Limits<'_> {
 
 /// Why a walk has no result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum WalkError {
     /// The root's page is not in memory, or not as a whole.
     #[error("root {0:#x} of the page tables is not in guest memory")]
@@ -62,6 +63,7 @@ pub enum WalkError {
 
 /// What there is below a root or a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Counts {
     /// Mappings of 4 KiB, 2 MiB and 1 GiB pages, each as often as linear addresses lead to it.
     pub mappings: [u64; 3],
@@ -95,6 +97,7 @@ impl Counts {
 
 /// An entry that is present and maps nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Malformed {
     /// The first linear address that leads to it.
     pub va: u64,

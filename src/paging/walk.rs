@@ -17,6 +17,7 @@ use crate::protect::PAGE_SHIFT;
 
 /// A mapping, or the part of one that lies in the range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Mapping {
     /// First linear address.
     pub va: u64,
@@ -34,6 +35,7 @@ pub struct Mapping {
 
 /// What a walk came by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Walked {
     /// Mappings and malformed entries in the range, up to where the walk ended.
     pub counts: Counts,

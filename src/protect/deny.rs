@@ -55,6 +55,7 @@ impl Attributes {
     pub const AUDIT_SHIFT: u32 = 8;
 
     /// Mutable attributes that deny `deny` and watch what is left of `audit`.
+    #[must_use]
     pub fn new(deny: Deny, audit: Deny) -> Self {
         Self {
             deny,
@@ -83,11 +84,13 @@ impl Attributes {
     }
 
     /// Whether until system reset the attributes can only grow.
+    #[must_use]
     pub fn is_immutable(self) -> bool {
         self.immutable
     }
 
     /// Whether every right is free. A page of which that is true is in no table.
+    #[must_use]
     pub fn is_free(self) -> bool {
         (self.deny | self.audit).is_empty()
     }
@@ -132,6 +135,7 @@ impl Attributes {
 
     /// Whether a page on which `self` holds would be loosened by `next`: some right moves back in
     /// the order of its states.
+    #[must_use]
     pub fn is_loosened_by(self, next: Self) -> bool {
         !next.deny.contains(self.deny) || !(next.deny | next.audit).contains(self.audit)
     }

@@ -36,6 +36,7 @@ impl Order {
 /// An order would loosen an immutable page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("entry {index} would loosen an immutable page")]
+#[non_exhaustive]
 pub struct Loosens {
     /// The first entry that does.
     pub index: usize,
@@ -43,6 +44,7 @@ pub struct Loosens {
 
 /// What an order comes to on one table: what each page that it touches is to become.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "a change holds when it is enforced and applied"]
 pub struct Change {
     /// Disjoint and ascending. Free attributes take a page out of the table.
     pieces: Vec<(Range<u64>, Attributes)>,

@@ -19,6 +19,7 @@ impl Gfn {
     pub const MAX: Gfn = Gfn((1 << (64 - PAGE_SHIFT)) - 1);
 
     /// The frame with this number, or `None` above [`Gfn::MAX`].
+    #[must_use]
     pub fn new(number: u64) -> Option<Self> {
         (number <= Self::MAX.0).then_some(Self(number))
     }
@@ -31,6 +32,7 @@ impl Gfn {
 
 /// Why two numbers are not a range of frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RangeError {
     /// A number is above [`Gfn::MAX`].
     #[error("frame number {0:#x} is above the address space")]
@@ -72,6 +74,7 @@ impl GfnRange {
 
     /// The frames that the `len` bytes from guest-physical address `gpa` on touch; `None` for no bytes, or for bytes
     /// beyond the end of the address space.
+    #[must_use]
     pub fn of_bytes(gpa: u64, len: u64) -> Option<Self> {
         let last = gpa.checked_add(len.checked_sub(1)?)?;
         Self::new(gpa >> PAGE_SHIFT, last >> PAGE_SHIFT).ok()
@@ -88,6 +91,7 @@ impl GfnRange {
     }
 
     /// This range and `next`, if that begins where this ends.
+    #[must_use]
     pub fn followed_by(self, next: Self) -> Option<Self> {
         (self.end.0 + 1 == next.start.0).then_some(Self {
             start: self.start,
@@ -96,6 +100,7 @@ impl GfnRange {
     }
 
     /// How many frames: at least 1, at most 2^52.
+    #[must_use]
     pub fn pages(self) -> u64 {
         self.end.0 - self.start.0 + 1
     }

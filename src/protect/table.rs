@@ -49,6 +49,7 @@ impl Table {
     }
 
     /// Whether what a change comes to holds already.
+    #[must_use]
     pub fn holds(&self, change: &Change) -> bool {
         let mut same = true;
         for (span, attributes) in change.pieces() {
@@ -71,11 +72,13 @@ impl Table {
     }
 
     /// What holds on one page.
+    #[must_use]
     pub fn get(&self, gfn: Gfn) -> Attributes {
         self.ranges.get(&gfn.number()).copied().unwrap_or_default()
     }
 
     /// Whether any of `deny` is denied on any page of `range`.
+    #[must_use]
     pub fn denies(&self, range: GfnRange, deny: Deny) -> bool {
         self.ranges
             .overlapping(&span_of(range))
@@ -103,6 +106,7 @@ impl Table {
 
     /// How many there will be when `change` is applied. Looks at what lies between its first and its
     /// last page only.
+    #[must_use]
     pub fn len_after(&self, change: &Change) -> usize {
         let mut pieces = change.pieces();
         let Some((first, _)) = pieces.next() else {

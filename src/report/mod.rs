@@ -30,6 +30,7 @@ pub const FORMAT: u32 = 1;
 
 /// A violation, and when it was heard of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Seen {
     /// By the companion's clock.
     pub time: SystemTime,
@@ -47,6 +48,7 @@ pub trait Witness: Send + Sync {
 
 /// What the device knows at one moment.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The owner of the VM is there. If not, the rest is what it said last.
     pub connected: bool,
@@ -68,6 +70,7 @@ pub struct Snapshot {
 
 /// A piece of guest memory.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Ram {
     /// Its first guest-physical address.
     pub gpa: u64,
@@ -79,6 +82,7 @@ pub struct Ram {
 
 /// What was counted since the companion knows the VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Counters {
     /// Accesses refused or watched.
     pub violations: u64,
@@ -94,6 +98,7 @@ pub struct Counters {
 
 /// The document of the status socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Status {
     /// [`FORMAT`].
     pub format: u32,
@@ -137,6 +142,7 @@ pub struct Status {
 
 /// A piece of guest memory that was passed as a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Memory {
     /// Its first guest-physical address.
     pub gpa: u64,
@@ -150,6 +156,7 @@ pub struct Memory {
 
 /// How much can be asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Limits {
     /// Most disjoint ranges in force at once.
     pub max_ranges: u32,
@@ -166,6 +173,7 @@ pub struct Limits {
 
 /// A range in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Range {
     /// Its first frame.
     pub gfn_start: u64,
@@ -183,6 +191,7 @@ pub struct Range {
 
 /// A violation, in both documents.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Event {
     /// When the companion heard of it: RFC 3339, UTC.
     pub time: String,

@@ -8,6 +8,7 @@ use crate::protect::msr::{Access, Action, HostRule, MsrRange, Policy, Table};
 
 /// A rule in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct MsrRule {
     /// Whose it is: "guest" or "host".
     pub by: String,

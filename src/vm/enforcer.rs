@@ -79,6 +79,7 @@ pub struct Unexpected {
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Accelerator {
     /// The host's KVM.
     Kvm,
@@ -195,6 +196,7 @@ impl fmt::Display for Policy {
 
 /// What was done about an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Action {
     /// It is denied, and did not happen.
     Refused(Policy),
@@ -234,6 +236,7 @@ impl fmt::Display for Access {
 
 /// Who made an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Source {
     /// The vCPU with this number.
     Vcpu(u32),
@@ -252,6 +255,7 @@ impl fmt::Display for Source {
 
 /// What an access was to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Target {
     /// Memory at this guest-physical address.
     Memory(u64),
@@ -299,6 +303,7 @@ impl Violation {
     pub const UNKNOWN: u64 = u64::MAX;
 
     /// Whether it counts as the same thing seen again.
+    #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         (self.target, self.access, self.source, self.action)
             == (other.target, other.access, other.source, other.action)

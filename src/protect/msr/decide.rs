@@ -28,6 +28,8 @@ pub enum Verdict {
 
 /// What becomes of an access, and whether it is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use]
 pub struct Answer {
     /// What becomes of it.
     pub verdict: Verdict,
@@ -52,6 +54,7 @@ pub struct Decisions {
 
 impl Decisions {
     /// What `policy` and `table` come to.
+    #[must_use]
     pub fn new(policy: &Policy, table: &Table) -> Self {
         let mut decisions = Self {
             reads: policy.reads.clone(),
@@ -124,6 +127,7 @@ impl Decisions {
     }
 
     /// How many MSRs are pinned: for each of them, what it held is kept on each vCPU.
+    #[must_use]
     pub fn pins(&self) -> u64 {
         self.writes
             .iter()

@@ -22,6 +22,7 @@ pub const MAX_FILTER_MSRS: u32 = 8 * 0x600;
 
 /// A range of the filter: `struct kvm_msr_filter_range`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct FilterRange {
     /// The accesses that the range speaks of.
     pub access: Access,
@@ -36,6 +37,7 @@ pub struct FilterRange {
 /// A filter: `struct kvm_msr_filter`. No two of its ranges speak of the same access to the same
 /// MSR, so their order does not matter, and others may come before them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Filter {
     /// Whether accesses that no range speaks of come to user space:
     /// `KVM_MSR_FILTER_DEFAULT_DENY`.
@@ -49,6 +51,7 @@ pub struct Filter {
 #[error(
     "the MSRs of the rules lie too far apart for a filter of {budget} ranges of 12288 MSRs each"
 )]
+#[non_exhaustive]
 pub struct FilterFull {
     /// How many ranges there are.
     pub budget: usize,

@@ -55,6 +55,7 @@ pub enum HostRule {
 /// Two rules speak of the same access to the same MSR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rule {index} speaks of the same access to an MSR as rule {earlier}")]
+#[non_exhaustive]
 pub struct Overlap {
     /// The later of the two.
     pub index: usize,

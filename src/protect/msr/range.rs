@@ -30,6 +30,7 @@ bitflags::bitflags! {
 
 /// Why two numbers are not a range of MSRs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum MsrRangeError {
     /// The range would end before it starts.
     #[error("range starts at MSR {first:#x}, after its end {last:#x}")]
@@ -94,6 +95,7 @@ impl MsrRange {
     }
 
     /// Whether `msr` belongs to the range.
+    #[must_use]
     pub fn contains(self, msr: u32) -> bool {
         (self.first..=self.last).contains(&msr)
     }

@@ -78,6 +78,7 @@ impl From<OnWrite> for Action {
 
 /// Why an access and an action are not a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RuleError {
     /// Neither reads nor writes.
     #[error("a rule speaks of reads, of writes, or of both")]

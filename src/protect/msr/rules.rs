@@ -24,6 +24,7 @@ pub struct Budget {
 
 /// There is no room for all rules together (ENOSPC).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NoRoom {
     /// The guest's rules would be more ranges than they may be.
     #[error("more than {0} ranges of MSRs")]
@@ -38,6 +39,7 @@ pub enum NoRoom {
 
 /// Why an order changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Refused {
     /// It would loosen a locked rule (EPERM).
     #[error(transparent)]
@@ -57,6 +59,8 @@ pub struct Rules {
 
 /// What an order comes to: what is in force when it is carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use = "what is planned holds when it is enforced and applied"]
 pub struct Planned {
     /// The guest's rules then.
     pub table: Table,
@@ -79,6 +83,7 @@ impl Rules {
     }
 
     /// The rules of a VM whose owner says that they are in force: whether they fit is not asked.
+    #[must_use]
     pub fn told(policy: Policy, table: Table, budget: Budget) -> Self {
         Self {
             policy,

@@ -39,6 +39,7 @@ impl Order {
 /// An order would loosen a locked rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rule {index} would loosen a locked one")]
+#[non_exhaustive]
 pub struct Loosens {
     /// The first rule that does.
     pub index: usize,
@@ -58,6 +59,7 @@ type Pieces<A> = Vec<(Range<u64>, Held<A>)>;
 /// What an order comes to on one table. Of each access: disjoint, ascending pieces, and what they
 /// are to become.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "a change holds when it is enforced and applied"]
 pub struct Change {
     reads: Pieces<OnRead>,
     writes: Pieces<OnWrite>,

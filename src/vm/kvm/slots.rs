@@ -44,6 +44,7 @@ pub struct Region {
 
 /// A memslot. Addresses and size are in bytes, and multiples of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Slot {
     /// Bits 0 to 15 of what KVM calls `slot`; the others are 0.
     pub id: u16,
@@ -77,6 +78,7 @@ pub enum Op {
 
 impl Op {
     /// What takes it back.
+    #[must_use]
     pub fn inverse(self) -> Self {
         match self {
             Self::Delete(slot) => Self::Add(slot),
@@ -88,6 +90,7 @@ impl Op {
 /// There are not enough slot numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{needed} memslots are needed, and there are {limit}")]
+#[non_exhaustive]
 pub struct NoSlots {
     /// How many slots there would be.
     pub needed: usize,
@@ -97,6 +100,7 @@ pub struct NoSlots {
 
 /// Why regions cannot be a VM's RAM. The regions are named by their place in the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RegionsError {
     /// An address or the size is no multiple of 4096.
     #[error("region {index}: an address or the size is not a multiple of 4096")]
@@ -147,6 +151,7 @@ pub enum RegionsError {
 
 /// Why there is no plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PlanError {
     /// Not all frames of a change are RAM.
     #[error("change {index}: not all of frames {range} are RAM")]
