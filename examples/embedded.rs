@@ -26,8 +26,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use env_logger::Env;
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
-use log::{LevelFilter, info};
+use log::info;
 use vhost_guard::device::Device;
 use vhost_guard::device::embedded::Embedded;
 use vhost_guard::vm::enforcer::{Policy, VmEvents};
@@ -92,12 +93,10 @@ enum End {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // The library logs what was enforced and what was refused, at a bounded rate.
-    env_logger::Builder::new()
-        .filter_module("vhost_guard", LevelFilter::Info)
-        .filter_module("embedded", LevelFilter::Info)
-        .parse_default_env()
-        .init();
+    // The library logs what was enforced and what was refused, at a bounded rate; crates below it log
+    // whatever a guest does wrong.
+    let log = Env::default().default_filter_or("vhost_guard=info,embedded=info");
+    env_logger::init_from_env(log);
     let (status, why) = match run(&cli) {
         Ok(End::Guest(0x10)) => (0, "the guest passes".into()),
         Ok(End::Guest(0x11)) => (1, "the guest fails".into()),
@@ -328,6 +327,7 @@ impl Vcpu {
                 Err(e) if matches!(e.errno(), EINTR | EAGAIN) => continue,
                 Err(e) => return self.failed(&format!("KVM_RUN: {e}")),
                 Ok(VcpuExit::MmioWrite(at, data)) => (Some((at, data.to_vec())), String::new()),
+                Ok(VcpuExit::Shutdown) => return self.failed("triple fault"),
                 Ok(other) => (None, format!("{other:?}")),
             };
             // A store, or something that is none of this VMM's business: about what is protected?

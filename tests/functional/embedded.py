@@ -80,6 +80,9 @@ class Embedded(EmbeddedTest):
     def test_lock_own_rings(self):
         self.check("lock-companion")
 
+    def test_mmio_noise(self):
+        self.check("mmio-noise")
+
     def test_race(self):
         self.check("race", "rounds=20", cpus=2, deadline=120)
 

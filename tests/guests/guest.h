@@ -379,7 +379,7 @@ void t_audit(void), t_emul(void), t_emul_other(void), t_emul_audit(void);
 void t_atomic(void), t_errors(void);
 void t_events(void), t_events_lost(void), t_flood(void);
 void t_read_disk(void), t_read_busy(void), t_read_ring(void);
-void t_hold(void), t_bench(void), t_demo(void);
+void t_hold(void), t_bench(void), t_demo(void), t_mmio_noise(void);
 void t_msr_actions(void), t_msr_pin(void), t_msr_kept(void), t_msr_checks(void), t_msr_race(void), t_msr_toggle(void);
 void t_msr_errors(void), t_msr_protect(void), t_msr_query(void), t_msr_bitmap(void), t_msr_nospc(void), t_msr_many(void);
 void t_msr_hold(void), t_bench_msr(void);

@@ -19,6 +19,7 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "lock-unemulated", t_lock_unemulated, "stores that KVM cannot emulate" },
 	{ "lock-covered", t_lock_covered, "the chipset maps something else over the page; the VM must not go on" },
 	{ "lock-device-reset", t_lock_device_reset, "a reset of the virtio device" },
+	{ "mmio-noise", t_mmio_noise, "registers of virtio-mmio at random; rounds=" },
 	{ "lock-dma", t_lock_dma, "virtio-rng writes into the page; needs virtio-rng-pci" },
 	{ "lock-fwcfg", t_lock_fwcfg, "fw_cfg DMA" },
 	{ "lock-balloon", t_lock_balloon, "virtio-balloon takes the page; needs virtio-balloon-pci" },
