@@ -17,6 +17,7 @@ mod bus;
 mod virtio_mmio;
 
 use std::error::Error;
+use std::iter;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Sender};
@@ -105,10 +106,23 @@ fn main() -> ExitCode {
         Ok(End::Shutdown) => (5, "a violation has shut the VM down".into()),
         Ok(End::Guest(code)) => (2, format!("error: the guest ends with {code:#x}")),
         Ok(End::Failed(why)) => (2, format!("error: {why}")),
-        Err(error) => (2, format!("error: {error}")),
+        Err(error) => (2, format!("error: {}", with_causes(&*error))),
     };
     eprintln!("embedded: {why}");
     ExitCode::from(status)
+}
+
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let causes = iter::successors(Some(error), |&error| error.source());
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+/// What it is that KVM refuses.
+fn refused(what: &str) -> impl Fn(kvm_ioctls::Error) -> String {
+    move |e| format!("KVM refuses {what}: {e}")
 }
 
 /// Makes the VM, runs it to its end, and takes it apart.
@@ -118,9 +132,11 @@ fn run(cli: &Cli) -> Result<End, Box<dyn Error>> {
 
     // A VM without memory: its memslots are the library's.
     let kvm = Kvm::new().map_err(|e| format!("cannot open /dev/kvm: {e}"))?;
-    let vm = Arc::new(kvm.create_vm()?);
-    vm.set_tss_address(TSS)?;
-    vm.create_irq_chip()?;
+    let vm = Arc::new(kvm.create_vm().map_err(refused("a VM"))?);
+    vm.set_tss_address(TSS)
+        .map_err(refused("a place for TSSs"))?;
+    vm.create_irq_chip()
+        .map_err(refused("interrupt controllers"))?;
     let size = u64::from(cli.memory) << 20;
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size as usize)])?;
     let entry = boot::load(cli.elf.as_deref(), &told(cli), &memory)?;
@@ -156,7 +172,8 @@ fn run(cli: &Cli) -> Result<End, Box<dyn Error>> {
             bus: Arc::clone(&bus),
         })
     };
-    let vcpus = (0..cli.cpus).map(vcpu).collect::<Result<Vec<_>, _>>()?;
+    let vcpus = (0..cli.cpus).map(vcpu).collect::<Result<Vec<_>, _>>();
+    let vcpus = vcpus.map_err(refused("a vCPU"))?;
     for (index, vcpu) in vcpus.into_iter().enumerate() {
         let ends = ends.clone();
         let run = move || {

@@ -100,13 +100,13 @@ class Embedded(EmbeddedTest):
         self.check("query")
 
     def test_many_ranges(self):
-        self.check("many", "n=8192", deadline=180)
+        self.check("many", "n=2048", deadline=120)
 
     def test_nospc(self):
         self.check("nospc", deadline=240)
 
     def test_atomic(self):
-        self.check("atomic", deadline=120)
+        self.check("atomic", "n=1024", deadline=120)
 
     def test_errors(self):
         self.check("errors")
