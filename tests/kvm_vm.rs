@@ -35,7 +35,12 @@ const CODE: u64 = 0x6000;
 const READS: u64 = CODE + 0x200;
 const WRITES: u64 = CODE + 0x240;
 const WRITES_ON: u64 = CODE + 0x280;
+/// What [`begin`] puts there.
+const UNEMULATED: u64 = CODE + 0x300;
+/// Of #GP, and of #UD.
 const HANDLER: u64 = 0x6800;
+const UNDEFINED: u64 = 0x6810;
+const TSS: u64 = 0x7000;
 const STACK: u64 = 0x8000;
 /// The pages that are stored to.
 const DATA: u64 = 0x10_0000;
@@ -343,6 +348,33 @@ impl Machine {
         }
     }
 
+    /// Has it run an instruction at CPL 0 or 3: the verdicts of its exits, and how it has ended, or
+    /// `None` after an exit that nobody knows.
+    fn run(&mut self, cpl: u8, code: &[u8], rdi: u64) -> (Vec<Verdict>, Option<End>) {
+        let (vcpu, guarded) = self.vcpu.as_mut().unwrap();
+        begin(vcpu, &self.memory, cpl, code, rdi);
+        let mut verdicts = Vec::new();
+        loop {
+            self.door.enter();
+            guarded.before_run(vcpu).unwrap();
+            let exit = vcpu.run();
+            self.door.leave();
+            match exit {
+                Ok(VcpuExit::Hlt) => {
+                    let end = end(vcpu, &self.memory, cpl, code.len());
+                    return (verdicts, Some(end));
+                }
+                Ok(VcpuExit::InternalError) => {
+                    verdicts.push(guarded.after_exit(vcpu));
+                    if verdicts.last() == Some(&Verdict::NotMine) {
+                        return (verdicts, None);
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
     fn read(&mut self, cpu: u32, msr: u32) -> (Vec<Verdict>, Option<u64>) {
         self.access(cpu, msr, None)
     }
@@ -412,6 +444,59 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
+/// Has the vCPU run `code`, and then HLT, at CPL 0 or 3, with RDI for an address.
+fn begin(vcpu: &VcpuFd, memory: &GuestMemoryMmap, cpl: u8, code: &[u8], rdi: u64) {
+    let code = [code, &[0xf4]].concat();
+    memory.write_slice(&code, GuestAddress(UNEMULATED)).unwrap();
+    let mut sregs = vcpu.get_sregs().unwrap();
+    for (segment, selector) in [(&mut sregs.cs, 8), (&mut sregs.ss, 16)] {
+        (segment.dpl, segment.selector) = (cpl, selector | u16::from(cpl));
+    }
+    sregs.cs.type_ = 11;
+    sregs.ss = kvm_segment {
+        type_: 3,
+        present: 1,
+        s: 1,
+        db: 1,
+        g: 1,
+        limit: 0xffff_ffff,
+        unusable: 0,
+        ..sregs.ss
+    };
+    vcpu.set_sregs(&sregs).unwrap();
+    let regs = kvm_regs {
+        rip: UNEMULATED,
+        rdi,
+        rsp: STACK,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).unwrap();
+}
+
+/// How it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// At the HLT behind the code.
+    Behind,
+    /// With a fault of this vector at the code.
+    Fault(u8),
+}
+
+fn end(vcpu: &VcpuFd, memory: &GuestMemoryMmap, cpl: u8, len: usize) -> End {
+    let regs = vcpu.get_regs().unwrap();
+    let behind = UNEMULATED + len as u64;
+    let frame: [u64; 2] = memory.read_obj(GuestAddress(regs.rsp)).unwrap();
+    match regs.rip - 1 {
+        HANDLER if frame == [0, UNEMULATED] => End::Fault(13),
+        // A user's HLT.
+        HANDLER if cpl == 3 && frame == [0, behind] => End::Behind,
+        UNDEFINED if frame[0] == UNEMULATED => End::Fault(6),
+        at if at == behind => End::Behind,
+        at => panic!("stopped at {at:#x}, with {frame:x?}"),
+    }
+}
+
 fn begin_access(vcpu: &VcpuFd, msr: u32, write: Option<u64>) -> u64 {
     let code = if write.is_some() { WRITES } else { READS };
     let value = write.unwrap_or(0x5555_5555_5555_5555);
@@ -442,15 +527,19 @@ fn end_access(vcpu: &VcpuFd, memory: &GuestMemoryMmap, code: u64) -> Option<u64>
 /// Long mode with the first 16 MiB mapped to themselves, and a handler of #GP that halts.
 fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap) {
     let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
-    write(PML4, 0x2000 | 3);
-    write(0x2000, 0x3000 | 3);
+    write(PML4, 0x2000 | 7);
+    write(0x2000, 0x3000 | 7);
     for i in 0..RAM >> 21 {
-        write(0x3000 + 8 * i, i << 21 | 0x83);
+        write(0x3000 + 8 * i, i << 21 | 0x87);
     }
     write(GDT + 8, 0x00af_9b00_0000_ffff);
     write(GDT + 16, 0x00cf_9300_0000_ffff);
-    // An interrupt gate.
-    write(IDT + 16 * 13, HANDLER & 0xffff | 8 << 16 | 0x8e00 << 32);
+    // Interrupt gates.
+    for (vector, handler) in [(13, HANDLER), (6, UNDEFINED)] {
+        write(IDT + 16 * vector, handler & 0xffff | 8 << 16 | 0x8e00 << 32);
+        memory.write_slice(&[0xf4], GuestAddress(handler)).unwrap();
+    }
+    write(TSS + 4, STACK);
     // mov %al,(%rdi); hlt
     memory
         .write_slice(&[0x88, 0x07, 0xf4], GuestAddress(CODE))
@@ -460,7 +549,6 @@ fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap) {
     memory
         .write_slice(&busy, GuestAddress(CODE + 0x100))
         .unwrap();
-    memory.write_slice(&[0xf4], GuestAddress(HANDLER)).unwrap();
     for (at, code) in [
         (READS, &[0x0f, 0x32, 0xf4][..]),
         (WRITES, &[0x0f, 0x30, 0xf4]),
@@ -489,6 +577,13 @@ fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap) {
         ..segment(16, 3)
     };
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    sregs.tr = kvm_segment {
+        base: TSS,
+        limit: 0x67,
+        s: 0,
+        g: 0,
+        ..segment(24, 11)
+    };
     (sregs.gdt.base, sregs.gdt.limit) = (GDT, 23);
     (sregs.idt.base, sregs.idt.limit) = (IDT, 16 * 32 - 1);
     (sregs.cr0, sregs.cr3, sregs.cr4) = (0x8001_0011, PML4, 0x20);
@@ -1437,4 +1532,114 @@ fn what_can_be_done_about_msrs_is_said() {
         filter_ranges: Some(16),
     };
     assert_eq!(info.msrs, msrs);
+}
+
+const FXSAVE: &[u8] = &[0x0f, 0xae, 0x07];
+const FISTP: &[u8] = &[0xdf, 0x3f];
+const CMPXCHG16B: &[u8] = &[0xf0, 0x48, 0x0f, 0xc7, 0x0f];
+
+/// FXSAVE stores MXCSR there.
+const MXCSR: u64 = 24;
+
+#[test]
+fn a_denied_store_that_kvm_cannot_emulate_is_one_like_any_other() {
+    for (policy, verdict, expected) in [
+        (Policy::Inject, Verdict::Done, End::Fault(13)),
+        (Policy::Drop, Verdict::Done, End::Behind),
+        (Policy::Pause, Verdict::Pause, End::Behind),
+        (Policy::Shutdown, Verdict::Shutdown, End::Behind),
+    ] {
+        let Some(mut m) = Machine::new(policy) else {
+            return;
+        };
+        assert_eq!(m.ask(&lock(page(1)..page(2))), (0, None));
+        let before = vec![0x5a; 4096];
+        let at = DATA + 4096;
+        m.memory.write_slice(&before, GuestAddress(at)).unwrap();
+        for cpl in [3, 0] {
+            for code in [FXSAVE, FISTP, CMPXCHG16B] {
+                let what = format!("{policy} at CPL {cpl}: {code:x?}");
+                let ran = m.run(cpl, code, at + 0x40);
+                assert_eq!(ran, (vec![verdict], Some(expected)), "{what}");
+                let violation = m.violation();
+                let told = Violation {
+                    access: Access::Write,
+                    source: Source::Vcpu(0),
+                    target: Target::Memory(at + 0x40),
+                    gva: at + 0x40,
+                    rip: UNEMULATED,
+                    value: 0,
+                    size: 0,
+                    times: 1,
+                    lost: 0,
+                    action: Action::Refused(policy),
+                };
+                assert_eq!(violation, told, "{what}");
+            }
+            // From the page before.
+            let ran = m.run(cpl, FXSAVE, at - 0x100);
+            assert_eq!(ran, (vec![verdict], Some(expected)));
+            let violation = m.violation();
+            assert_eq!((violation.gva, violation.target), (at, Target::Memory(at)));
+        }
+        let mut after = vec![0; 4096];
+        m.memory.read_slice(&mut after, GuestAddress(at)).unwrap();
+        assert!(after == before, "{policy}");
+    }
+}
+
+#[test]
+fn what_kvm_cannot_emulate_for_another_reason_is_an_undefined_instruction_to_users_only() {
+    let Some(mut m) = Machine::new(Policy::Drop) else {
+        return;
+    };
+    let watch = protection(page(0)..page(1), watched());
+    let deny = protection(page(1)..page(2), denied());
+    let order = Order::Protect(vec![watch, deny]);
+    assert_eq!(m.ask(&Demand::Pages(order)), (0, None));
+    // The last 2 MiB are mapped to where no memory is.
+    let nowhere = RAM - (2 << 20);
+    let entry = GuestAddress(0x3000 + 8 * (nowhere >> 21));
+    m.memory.write_obj((4 * RAM) | 0x87, entry).unwrap();
+    for at in [nowhere, DATA] {
+        let ran = m.run(3, FXSAVE, at);
+        assert_eq!(ran, (ONE.to_vec(), Some(End::Fault(6))), "{at:#x}");
+        assert_eq!(m.run(0, FXSAVE, at), (vec![Verdict::NotMine], None));
+    }
+    assert_eq!(m.byte(DATA + MXCSR), 0);
+    // An ordinary page.
+    let at = DATA + 2 * 4096;
+    assert_eq!(m.run(3, FXSAVE, at), (vec![], Some(End::Behind)));
+    assert_eq!(m.byte(at + MXCSR), 0x80);
+    // Nothing of it was told.
+    m.kvm_vm.catch_up(5);
+    assert!(matches!(m.hear(), Heard::CaughtUp(5)));
+}
+
+#[test]
+fn a_store_that_kvm_cannot_emulate_is_tried_again_when_its_page_is_free_meanwhile() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    let set = |attributes| {
+        let held = protection(page(0)..page(1), attributes);
+        Demand::Pages(Order::Protect(vec![held]))
+    };
+    for attributes in [watched(), denied()] {
+        assert_eq!(m.ask(&set(attributes)), (0, None));
+        let (mut vcpu, mut guarded) = m.vcpu.take().unwrap();
+        begin(&vcpu, &m.memory, 3, FXSAVE, DATA);
+        guarded.before_run(&mut vcpu).unwrap();
+        assert!(matches!(vcpu.run(), Ok(VcpuExit::InternalError)));
+        assert_eq!(m.ask(&set(Attributes::default())), (0, None));
+        assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
+        guarded.before_run(&mut vcpu).unwrap();
+        assert!(matches!(vcpu.run(), Ok(VcpuExit::Hlt)));
+        assert_eq!(end(&vcpu, &m.memory, 3, FXSAVE.len()), End::Behind);
+        m.vcpu = Some((vcpu, guarded));
+        assert_eq!(m.byte(DATA + MXCSR), 0x80);
+        m.memory
+            .write_obj(0_u8, GuestAddress(DATA + MXCSR))
+            .unwrap();
+    }
 }

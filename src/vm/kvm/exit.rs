@@ -7,8 +7,12 @@
 #![allow(unsafe_code)]
 
 use kvm_bindings::{
-    KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_MSR_EXIT_REASON_FILTER, kvm_run,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_RUN_X86_GUEST_MODE, KVM_RUN_X86_SMM, kvm_run,
 };
+
+use super::unemulated::MAX_LEN;
 
 /// An exit that may be about something protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +21,14 @@ pub(super) enum Exit {
     Store { gpa: u64, data: [u8; 8], len: usize },
     /// KVM_EXIT_X86_RDMSR or KVM_EXIT_X86_WRMSR, because of the filter. The instruction is not over.
     Msr(MsrAccess),
+    /// KVM_EXIT_INTERNAL_ERROR, because KVM cannot emulate an instruction. It has done nothing.
+    Unemulated {
+        /// The instruction, as far as KVM has fetched it: `len` bytes.
+        bytes: [u8; MAX_LEN],
+        len: usize,
+        /// A nested guest's, if KVM says so (Linux 6.11).
+        nested: bool,
+    },
 }
 
 /// An access to an MSR.
@@ -80,6 +92,24 @@ impl Exit {
                     MsrAccess::Write { msr, value }
                 };
                 (exit.reason == KVM_MSR_EXIT_REASON_FILTER).then_some(Self::Msr(access))
+            }
+            // In SMM, the guest's memory looks different from here.
+            KVM_EXIT_INTERNAL_ERROR if u32::from(run.flags) & KVM_RUN_X86_SMM == 0 => {
+                // SAFETY: as above; this has the `suberror` and `ndata` of every internal error.
+                let exit = unsafe { run.__bindgen_anon_1.emulation_failure };
+                // SAFETY: as above.
+                let fetched = unsafe { exit.__bindgen_anon_1.__bindgen_anon_1 };
+                let bytes = u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
+                let len = if exit.ndata >= 3 && exit.flags & bytes != 0 {
+                    usize::from(fetched.insn_size).min(MAX_LEN)
+                } else {
+                    0
+                };
+                (exit.suberror == KVM_INTERNAL_ERROR_EMULATION).then_some(Self::Unemulated {
+                    bytes: fetched.insn_bytes,
+                    len,
+                    nested: u32::from(run.flags) & KVM_RUN_X86_GUEST_MODE != 0,
+                })
             }
             _ => None,
         }

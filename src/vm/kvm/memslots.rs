@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Memslots of guest memory that this process has mapped: the one system call that takes an
-//! address.
+//! address; and whether KVM tells of stores to them that it cannot emulate.
 
 // KVM cannot check that a slot's host memory is there for as long as the slot is.
 #![allow(unsafe_code)]
@@ -9,7 +9,10 @@
 use std::mem;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MEM_READONLY, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Error, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
@@ -17,6 +20,7 @@ use super::slots::{Op, Region, Slot};
 use crate::log_limit::{LogLimit, log_limited};
 
 static KEPT: LogLimit = LogLimit::new(3);
+static UNTOLD: LogLimit = LogLimit::new(1);
 
 /// A VM, and the memory that its slots may be of.
 pub(super) struct Memslots {
@@ -61,6 +65,24 @@ impl Memslots {
                 );
                 mem::forget(Arc::clone(&self.memory));
             }
+        }
+    }
+
+    /// Has KVM leave all instructions to user space that it cannot emulate, or as it does by default
+    /// those of CPL 0 only: what is a user's is an undefined instruction to it. For the guest's sake
+    /// it must not be, if the reason is a read-only slot.
+    pub(super) fn tell_unemulated(&self, all: bool) {
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+            args: [all.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        if let Err(error) = self.vm.enable_cap(&cap) {
+            log_limited!(
+                UNTOLD,
+                Warn,
+                "denied stores that KVM cannot emulate will be undefined instructions: {error}"
+            );
         }
     }
 

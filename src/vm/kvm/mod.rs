@@ -11,6 +11,7 @@ mod memslots;
 mod msr_checks;
 mod msrs;
 pub mod slots;
+mod unemulated;
 mod vcpu;
 mod vcpu_msrs;
 mod violations;

@@ -5,19 +5,23 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_regs, kvm_sregs};
 use kvm_ioctls::{Error, VcpuFd};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::exit::{Exit, MsrAccess};
+use super::unemulated::{Decoded, MAX_LEN, Registers};
 use super::vcpu_msrs::{Outcome, VcpuMsrs};
 use super::vm::{Decision, Shared};
+use crate::protect::PAGE_SHIFT;
 use crate::vm::enforcer::{Action, Policy};
 
 const EINTR: i32 = 4;
 const EIO: i32 = 5;
 
-/// Vector of #GP.
-const GP: u8 = 13;
+const EFER_LMA: u64 = 1 << 10;
+
+const PAGE: u64 = 1 << PAGE_SHIFT;
 
 /// Pieces that KVM may cut the rest of one store into: those of 64 bytes, and half of it twice.
 const MAX_PIECES: usize = 16;
@@ -40,11 +44,24 @@ pub enum Verdict {
 pub struct KvmVcpu {
     shared: Arc<Shared>,
     index: u32,
-    /// It is to be given a #GP(0).
-    faults: bool,
+    /// It is to be given this.
+    fault: Option<Fault>,
     /// It is to try the instruction again that it had begun with these registers.
     again: Option<kvm_regs>,
     msrs: VcpuMsrs,
+    /// [`Shared::slots_epoch`] when it ran last.
+    slots_epoch: u64,
+}
+
+/// A fault that a vCPU is to be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// #GP(0) after the store that KVM is in the middle of.
+    AfterStore,
+    /// #GP(0) at the instruction, of which nothing has happened.
+    AtInstruction,
+    /// #UD there.
+    Undefined,
 }
 
 impl KvmVcpu {
@@ -52,9 +69,10 @@ impl KvmVcpu {
         Self {
             shared,
             index,
-            faults: false,
+            fault: None,
             again: None,
             msrs: VcpuMsrs::default(),
+            slots_epoch: 0,
         }
     }
 
@@ -65,15 +83,24 @@ impl KvmVcpu {
     ///
     /// KVM's. The vCPU is not to be run then.
     pub fn before_run(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
-        if self.faults {
-            self.finish(vcpu)?;
+        if let Some(fault) = self.fault {
+            if fault == Fault::AfterStore {
+                self.finish(vcpu)?;
+            }
+            let (vector, has_error_code) = match fault {
+                Fault::AfterStore | Fault::AtInstruction => (13, 1),
+                Fault::Undefined => (6, 0),
+            };
             let mut events = vcpu.get_vcpu_events()?;
             events.exception.injected = 1;
-            events.exception.nr = GP;
-            events.exception.has_error_code = 1;
+            events.exception.nr = vector;
+            events.exception.has_error_code = has_error_code;
             events.exception.error_code = 0;
+            // In place of what KVM may have made of it.
+            events.exception.pending = 0;
+            events.exception_has_payload = 0;
             vcpu.set_vcpu_events(&events)?;
-            self.faults = false;
+            self.fault = None;
         }
         if let Some(regs) = self.again {
             self.finish(vcpu)?;
@@ -81,13 +108,23 @@ impl KvmVcpu {
             self.again = None;
         }
         self.msrs.catch_up(&self.shared.msrs, vcpu);
+        self.slots_epoch = self.shared.slots_epoch();
         Ok(())
     }
 
-    /// To be called after a KVM_RUN of `vcpu` that ended with KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR or
-    /// KVM_EXIT_X86_WRMSR, and before the next. The exit may be looked at before, but not be answered.
+    /// To be called after a KVM_RUN of `vcpu` that ended with KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
+    /// KVM_EXIT_X86_WRMSR or KVM_EXIT_INTERNAL_ERROR, and before the next. The exit may be looked at
+    /// before, but not be answered.
     ///
     /// An access that is not denied (it is watched, or not any more) is carried out here.
+    ///
+    /// KVM's emulator, which all stores to a page that is denied or watched come to, does not know all
+    /// instructions, and ends KVM_RUN with an internal error. If a page that such an instruction stores
+    /// to is denied, that is dealt with like any other store. Otherwise, also if it is watched, it is an
+    /// undefined instruction at CPL 3, as it is to KVM, and [`Verdict::NotMine`] at CPL 0: the VM cannot
+    /// go on. So a page that the guest may store to with FXSAVE, say, should not be watched here.
+    ///
+    /// KVM_EXIT_MEMORY_FAULT, and a KVM_RUN that fails with EFAULT, are never about a protection.
     pub fn after_exit(&mut self, vcpu: &mut VcpuFd) -> Verdict {
         let decision = match Exit::of(vcpu.get_kvm_run()) {
             Some(Exit::Store { gpa, data, len }) => {
@@ -96,13 +133,17 @@ impl KvmVcpu {
                 self.shared.store(self.index, gpa, &data[..len], rip)
             }
             Some(Exit::Msr(access)) => self.msr(vcpu, access),
+            Some(Exit::Unemulated { bytes, len, nested }) => {
+                let failed = self.unemulated(vcpu, &bytes[..len], nested);
+                failed.unwrap_or(Decision::NotMine)
+            }
             None => Decision::NotMine,
         };
         match decision {
             Decision::NotMine => Verdict::NotMine,
             Decision::Done => Verdict::Done,
             Decision::Fault => {
-                self.faults = true;
+                self.fault = Some(Fault::AfterStore);
                 Verdict::Done
             }
             Decision::Pause => Verdict::Pause,
@@ -147,6 +188,86 @@ impl KvmVcpu {
         decision
     }
 
+    /// What becomes of an instruction that KVM cannot emulate, of which it knows the first bytes.
+    fn unemulated(&mut self, vcpu: &VcpuFd, bytes: &[u8], nested: bool) -> Result<Decision, Error> {
+        let (mut regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
+        let registers = registers(&regs, &sregs);
+        let (bytes, len) = self.fetch(vcpu, &registers, bytes);
+        let xsave_size = || {
+            let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ok()?;
+            let is_xsave = |leaf: &&_| {
+                matches!(
+                    leaf,
+                    kvm_cpuid_entry2 {
+                        function: 0xd,
+                        index: 0,
+                        ..
+                    }
+                )
+            };
+            Some(cpuid.as_slice().iter().find(is_xsave)?.ecx)
+        };
+        if let Some(Decoded { next_rip, stores }) =
+            registers.decode(&bytes[..len], xsave_size().unwrap_or(0))
+        {
+            let stores: Vec<_> = stores
+                .into_iter()
+                .filter_map(|gva| Some((gva, translate(vcpu, gva)?)))
+                .collect();
+            if self.shared.is_denied(self.index, &stores, regs.rip) {
+                let policy = self.shared.on_violation();
+                if policy == Policy::Inject {
+                    self.fault = Some(Fault::AtInstruction);
+                    return Ok(Decision::Done);
+                }
+                regs.rip = next_rip;
+                vcpu.set_regs(&regs)?;
+                return Ok(match policy {
+                    Policy::Inject | Policy::Drop => Decision::Done,
+                    Policy::Pause => Decision::Pause,
+                    Policy::Shutdown => Decision::Shutdown,
+                });
+            }
+        }
+        if self.slots_epoch != self.shared.slots_epoch() {
+            // It may have been denied or watched, and not be any more: again, and without the #UD that
+            // KVM may have queued, which goes with this.
+            vcpu.set_regs(&regs)?;
+            return Ok(Decision::Done);
+        }
+        if sregs.ss.dpl == 3 || nested {
+            self.fault = Some(Fault::Undefined);
+            return Ok(Decision::Done);
+        }
+        Ok(Decision::NotMine)
+    }
+
+    /// An instruction's bytes, and how many: as KVM saw them if it says so, for the guest may have
+    /// changed them since. It may not have fetched all of them.
+    fn fetch(&self, vcpu: &VcpuFd, registers: &Registers, known: &[u8]) -> ([u8; MAX_LEN], usize) {
+        let mut bytes = [0; MAX_LEN];
+        let mut len = known.len().min(MAX_LEN);
+        bytes[..len].copy_from_slice(&known[..len]);
+        while len < MAX_LEN {
+            let at = registers.code(len as u64);
+            let rest = (PAGE - at % PAGE) as usize;
+            let part = &mut bytes[len..];
+            let part_len = part.len().min(rest);
+            let read = translate(vcpu, at).is_some_and(|gpa| {
+                let part = &mut part[..part_len];
+                self.shared
+                    .memory()
+                    .read_slice(part, GuestAddress(gpa))
+                    .is_ok()
+            });
+            if !read {
+                break;
+            }
+            len += part_len;
+        }
+        (bytes, len)
+    }
+
     /// Has KVM finish the instruction that `vcpu` has left KVM_RUN in.
     fn finish(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
         vcpu.set_kvm_immediate_exit(1);
@@ -169,5 +290,27 @@ impl KvmVcpu {
         }
         vcpu.set_kvm_immediate_exit(0);
         finished
+    }
+}
+
+/// Where a byte of the guest is.
+fn translate(vcpu: &VcpuFd, gva: u64) -> Option<u64> {
+    let translation = vcpu.translate_gva(gva).ok()?;
+    (translation.valid != 0).then_some(translation.physical_address)
+}
+
+fn registers(regs: &kvm_regs, sregs: &kvm_sregs) -> Registers {
+    Registers {
+        gpr: [
+            regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
+            regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+        ],
+        rip: regs.rip,
+        bases: [sregs.es, sregs.cs, sregs.ss, sregs.ds, sregs.fs, sregs.gs].map(|s| s.base),
+        bits: match (sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0, sregs.cs.db) {
+            (true, _) => 64,
+            (false, 0) => 16,
+            (false, _) => 32,
+        },
     }
 }

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::mem;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
@@ -136,6 +137,8 @@ pub(super) struct Shared {
     options: Options,
     gate: Gate,
     pub(super) msrs: Msrs,
+    /// Changes when memslots do, while all vCPUs are out.
+    slots_epoch: AtomicU64,
     state: Mutex<State>,
     inbox: Mutex<Inbox>,
     filled: Condvar,
@@ -148,6 +151,8 @@ struct State {
     generation: u64,
     pages: Table,
     slots: Slots,
+    /// KVM leaves all instructions to user space that it cannot emulate.
+    tells_unemulated: bool,
     /// KVM's memslots are not `slots`: nothing can be said of the VM any more.
     broken: bool,
 }
@@ -227,6 +232,7 @@ impl KvmVm {
             generation: 1,
             pages: Table::default(),
             slots,
+            tells_unemulated: false,
             broken: false,
         };
         Ok(Self {
@@ -235,6 +241,7 @@ impl KvmVm {
                 options,
                 gate: Gate::default(),
                 msrs,
+                slots_epoch: AtomicU64::new(0),
                 state: Mutex::new(state),
                 inbox: Mutex::default(),
                 filled: Condvar::new(),
@@ -551,6 +558,11 @@ impl Shared {
                     Ok(()) => {
                         state.slots.apply(plan);
                         pages.apply(&mut state.pages);
+                        let holds = !state.pages.is_empty();
+                        if mem::replace(&mut state.tells_unemulated, holds) != holds {
+                            self.memslots.tell_unemulated(holds);
+                        }
+                        self.slots_epoch.fetch_add(1, Ordering::Release);
                         result = Ok(());
                     }
                     Err(Failed::AsBefore) => {}
@@ -625,6 +637,28 @@ impl Shared {
     fn tell(&self, violation: Violation) {
         self.inbox().violations.push(violation);
         self.filled.notify_one();
+    }
+
+    pub(super) fn slots_epoch(&self) -> u64 {
+        self.slots_epoch.load(Ordering::Acquire)
+    }
+
+    /// An instruction of which KVM knows nothing stores to these linear and guest-physical addresses,
+    /// each of another page: whether it is denied.
+    pub(super) fn is_denied(&self, vcpu: u32, stores: &[(u64, u64)], rip: u64) -> bool {
+        let state = self.state();
+        let denied = stores.iter().find(|(_, gpa)| {
+            held(&state.pages, *gpa, 1).any(|(_, held)| held.deny().contains(Deny::NOWRITE))
+        });
+        drop(state);
+        if let Some(&(gva, gpa)) = denied {
+            self.tell(Violation {
+                gva,
+                rip,
+                ..self.store_of(Source::Vcpu(vcpu), gpa, true)
+            });
+        }
+        denied.is_some()
     }
 
     pub(super) fn on_violation(&self) -> Policy {
