@@ -168,10 +168,13 @@ impl KvmVcpu {
             }
             Outcome::Fault => (None, Decision::Done),
             Outcome::Denied => {
-                let policy = self.shared.on_violation();
-                tell(access.written(), Action::Refused(policy));
-                // There is nothing that a read could go on with.
                 let dropped = access.is_write().then_some(0);
+                let policy = match (self.shared.on_violation(), dropped) {
+                    // There is nothing that a read could go on with.
+                    (Policy::Drop, None) => Policy::Inject,
+                    (policy, _) => policy,
+                };
+                tell(access.written(), Action::Refused(policy));
                 match policy {
                     Policy::Inject => (None, Decision::Done),
                     Policy::Drop => (dropped, Decision::Done),

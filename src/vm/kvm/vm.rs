@@ -634,7 +634,7 @@ impl Shared {
         Some(generation)
     }
 
-    fn tell(&self, violation: Violation) {
+    fn report(&self, violation: Violation) {
         self.inbox().violations.push(violation);
         self.filled.notify_one();
     }
@@ -652,7 +652,7 @@ impl Shared {
         });
         drop(state);
         if let Some(&(gva, gpa)) = denied {
-            self.tell(Violation {
+            self.report(Violation {
                 gva,
                 rip,
                 ..self.store_of(Source::Vcpu(vcpu), gpa, true)
@@ -674,7 +674,7 @@ impl Shared {
         rip: Option<u64>,
         action: Action,
     ) {
-        self.tell(Violation {
+        self.report(Violation {
             access: if access.is_write() {
                 Access::Write
             } else {
@@ -715,7 +715,7 @@ impl Shared {
             let mut value = [0; 8];
             let size = data.len().min(8);
             value[..size].copy_from_slice(&data[..size]);
-            self.tell(Violation {
+            self.report(Violation {
                 rip: rip.unwrap_or(Violation::UNKNOWN),
                 value: u64::from_le_bytes(value),
                 size: data.len() as u32,
@@ -747,7 +747,7 @@ impl Shared {
         let mut watched = None;
         for (start, held) in held(&state.pages, gpa, len) {
             if held.deny().contains(Deny::NOWRITE) {
-                self.tell(self.store_of(Source::Device, start, true));
+                self.report(self.store_of(Source::Device, start, true));
                 return false;
             }
             if held.audit().contains(Deny::NOWRITE) {
@@ -755,7 +755,7 @@ impl Shared {
             }
         }
         if let Some(start) = watched {
-            self.tell(self.store_of(Source::Device, start, false));
+            self.report(self.store_of(Source::Device, start, false));
         }
         true
     }
