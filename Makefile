@@ -68,13 +68,14 @@ lab: build embedded guests ## a shell in the KVM lab's level 1
 
 .PHONY: bench
 bench: build guests ## what it costs; see docs/performance.md
-	@scripts/bench
+	@scripts/bench --plots docs/img
 
 .PHONY: install
 install: companion ## to $(DESTDIR)$(PREFIX)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/doc/vhost-guard
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/doc/vhost-guard/img
 	install -m 755 target/release/vhost-guard $(DESTDIR)$(PREFIX)/bin/
 	install -m 644 README.md CHANGELOG.md docs/*.md $(DESTDIR)$(PREFIX)/share/doc/vhost-guard/
+	install -m 644 docs/img/*.svg $(DESTDIR)$(PREFIX)/share/doc/vhost-guard/img/
 
 .PHONY: clean
 clean: ## what was built here; the cache stays

@@ -26,6 +26,8 @@ pub(crate) struct Cost {
     /// The planner: planning, and taking over what was done.
     pub(crate) plan_us: f64,
     pub(crate) ioctls: Duration,
+    /// Of that, the time for which this thread had a CPU and did not wait for the kernel.
+    pub(crate) ioctls_cpu_us: f64,
 }
 
 pub(crate) struct Bare {
@@ -64,7 +66,7 @@ impl Bare {
         let plan = plan.expect("slots enough");
         cost.ops += plan.ops().len();
         let start = Instant::now();
-        plan.ops().iter().for_each(|&op| self.ioctl(op));
+        cost.ioctls_cpu_us += micros(|| plan.ops().iter().for_each(|&op| self.ioctl(op)));
         cost.ioctls += start.elapsed();
         cost.plan_us += micros(|| self.slots.apply(plan));
     }

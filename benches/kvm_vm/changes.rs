@@ -4,18 +4,20 @@
 //! `KvmVm` from the call until its answer. Both VMs have the same memory and go through the same
 //! memslot operations, in turns.
 
-use std::array;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use criterion::Criterion;
 use kvm_ioctls::{Kvm, VcpuFd};
 use vhost_guard::protect::GfnRange;
 use vhost_guard::vm::kvm::slots::Frames;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::bare::{self, Bare};
 use crate::enforced::{self, Enforced, gfns, order};
-use crate::{Compared, micros_of};
+use crate::guest::{DATA, Guest};
+use crate::{Compared, median, micros_of};
 
 /// As much as the guests of scripts/bench have.
 const RAM: u64 = 512 << 20;
@@ -43,7 +45,9 @@ fn everything() -> GfnRange {
 struct Both {
     bare: Bare,
     enforced: Enforced,
-    _vcpu: VcpuFd,
+    memory: Arc<GuestMemoryMmap>,
+    /// The vCPU of the other VM, if it stands.
+    standing: Option<VcpuFd>,
 }
 
 /// What the same change took in both.
@@ -54,12 +58,35 @@ struct Cost {
 }
 
 impl Both {
-    fn new(kvm: &Kvm) -> Self {
-        let enforced = Enforced::new(kvm, &Arc::new(bare::memory(RAM)));
+    /// The bare VM's vCPU stands in any case.
+    fn new(kvm: &Kvm, runs: bool) -> Self {
+        let memory = Arc::new(bare::memory(RAM));
+        let enforced = Enforced::new(kvm, &memory);
+        let vcpu = enforced.vm.create_vcpu(0).expect("a vCPU can be created");
+        let standing = if runs {
+            let mut guest = Guest::new(vcpu, &memory);
+            guest.count();
+            enforced.door.run(guest.vcpu);
+            None
+        } else {
+            Some(vcpu)
+        };
         Self {
             bare: Bare::new(kvm, RAM),
-            _vcpu: enforced.vm.create_vcpu(0).expect("a vCPU can be created"),
             enforced,
+            memory,
+            standing,
+        }
+    }
+
+    /// Waits until the vCPU is back in the guest, if it runs.
+    fn settle(&self) {
+        if self.standing.is_none() {
+            let count = || -> u64 { self.memory.read_obj(GuestAddress(DATA)).expect("RAM") };
+            let before = count();
+            while count() == before {
+                thread::yield_now();
+            }
         }
     }
 
@@ -77,6 +104,7 @@ impl Both {
 
     fn change_enforced(&mut self, ranges: &[GfnRange], protect: bool, cost: &mut enforced::Cost) {
         for request in ranges.chunks(REQUEST) {
+            self.settle();
             let order = order(request, protect);
             self.enforced.change(order, cost);
         }
@@ -94,6 +122,12 @@ impl Both {
     }
 }
 
+impl Drop for Both {
+    fn drop(&mut self) {
+        self.enforced.door.end();
+    }
+}
+
 pub(crate) fn times(kvm: &Kvm, criterion: &mut Criterion) {
     for n in SIZES {
         let mut group = criterion.benchmark_group(format!("kvm_vm {n}"));
@@ -101,7 +135,7 @@ pub(crate) fn times(kvm: &Kvm, criterion: &mut Criterion) {
             .sample_size(10)
             .warm_up_time(Duration::from_millis(100))
             .measurement_time(Duration::from_secs(1));
-        let mut both = Both::new(kvm);
+        let mut both = Both::new(kvm, false);
         let (ranges, more) = (pages(n), [one_more(n)]);
         let free = [everything()];
         group.bench_function("ioctls, all", |b| {
@@ -154,8 +188,10 @@ struct Line {
     ops: usize,
     /// KvmVm against the ioctls.
     compared: Compared,
+    bare_cpu: Vec<f64>,
     plan: Vec<f64>,
     before: Vec<f64>,
+    stopping: Vec<f64>,
     standing: Vec<f64>,
 }
 
@@ -164,41 +200,59 @@ impl Line {
         self.ops = cost.bare.ops;
         let ours = micros_of(cost.enforced.all);
         self.compared.add(micros_of(cost.bare.ioctls), ours);
+        self.bare_cpu.push(cost.bare.ioctls_cpu_us);
         self.plan.push(cost.bare.plan_us);
         self.before.push(micros_of(cost.enforced.before));
+        self.stopping.push(micros_of(cost.enforced.stopping));
         self.standing.push(micros_of(cost.enforced.standing));
     }
 
-    fn print(self, what: &str, n: u64) {
-        let [plan, before, standing] = [self.plan, self.before, self.standing].map(crate::median);
+    fn print(self, what: &str, runs: bool, n: u64) {
+        let [bare_cpu, plan, before, stopping, standing] = [
+            self.bare_cpu,
+            self.plan,
+            self.before,
+            self.stopping,
+            self.standing,
+        ]
+        .map(median);
         println!(
-            "KVM_VM what={what} n={n} ops={} {} plan_us={plan:.2} before_us={before:.2} \
-             standing_us={standing:.2}",
+            "KVM_VM what={what} vcpu={} n={n} ops={} {} bare_cpu_us={bare_cpu:.2} \
+             plan_us={plan:.2} before_us={before:.2} \
+             stopping_us={stopping:.2} standing_us={standing:.2}",
+            if runs { "running" } else { "standing" },
             self.ops,
             self.compared.columns("bare", "kvm_vm"),
         );
     }
 }
 
-/// For each size a line of name=value for all at once, and one for one more.
+/// For each size a line of name=value for all at once, and one for one more; and the same while the
+/// vCPU of `KvmVm`'s VM runs.
 pub(crate) fn table(kvm: &Kvm, rounds: usize) {
-    for n in SIZES {
-        // What is short scatters more.
-        let rounds = rounds * (4096 / n as usize).clamp(1, 8);
-        let mut both = Both::new(kvm);
-        let (ranges, more) = (pages(n), [one_more(n)]);
-        let mut lines: [Line; 2] = array::from_fn(|_| Line::default());
-        for _ in 0..rounds {
-            lines[0].add(&both.change(&ranges, true));
-            both.free();
+    for runs in [false, true] {
+        for n in SIZES {
+            // What is short scatters more.
+            let rounds = rounds * (4096 / n as usize).clamp(1, 8);
+            lines(kvm, runs, n, rounds);
         }
-        both.change(&ranges, true);
-        for _ in 0..8 * rounds {
-            lines[1].add(&both.change(&more, true));
-            both.change(&more, false);
-        }
-        let [all, one] = lines;
-        all.print("all", n);
-        one.print("one-more", n);
     }
+}
+
+fn lines(kvm: &Kvm, runs: bool, n: u64, rounds: usize) {
+    let mut both = Both::new(kvm, runs);
+    let (ranges, more) = (pages(n), [one_more(n)]);
+    let mut all = Line::default();
+    for _ in 0..rounds {
+        all.add(&both.change(&ranges, true));
+        both.free();
+    }
+    all.print("all", runs, n);
+    both.change(&ranges, true);
+    let mut one = Line::default();
+    for _ in 0..8 * rounds {
+        one.add(&both.change(&more, true));
+        both.change(&more, false);
+    }
+    one.print("one-more", runs, n);
 }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VmFd};
@@ -12,10 +12,11 @@ use vhost_guard::protect::{Attributes, Demand, Deny, GfnRange, Order, Protection
 use vhost_guard::vm::enforcer::{
     Enforcer, HostPolicyOutcome, InForce, Outcome, Policy, Unexpected, Violation, VmEvents, VmInfo,
 };
-use vhost_guard::vm::kvm::{KvmVm, Options, Vcpus};
+use vhost_guard::vm::kvm::{KvmVm, Options};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bare::IDS;
+use crate::door::{Door, Stand};
 
 enum Heard {
     Result(Outcome, Instant),
@@ -59,29 +60,14 @@ impl VmEvents for Ear {
     fn disconnected(&self) {}
 }
 
-/// No vCPU is running: what is measured is the enforcer. When it began and ended its work.
-#[derive(Default)]
-struct Standing(Mutex<Option<(Instant, Instant)>>);
-
-impl Vcpus for Standing {
-    fn while_out(&self, work: &mut dyn FnMut()) {
-        let start = Instant::now();
-        work();
-        let mut worked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *worked = Some((start, Instant::now()));
-    }
-
-    fn give_up(&self) {
-        panic!("KVM has refused a memslot that was there before");
-    }
-}
-
 /// What one change took, from the call until the answer.
 #[derive(Default)]
 pub(crate) struct Cost {
     pub(crate) all: Duration,
     /// Until the vCPUs are asked to stand: the way to the other thread, checks, plans.
     pub(crate) before: Duration,
+    /// Until they do.
+    pub(crate) stopping: Duration,
     /// While they stand: the ioctls, and taking over.
     pub(crate) standing: Duration,
 }
@@ -89,7 +75,7 @@ pub(crate) struct Cost {
 pub(crate) struct Enforced {
     pub(crate) kvm_vm: KvmVm,
     pub(crate) vm: Arc<VmFd>,
-    standing: Arc<Standing>,
+    pub(crate) door: Arc<Door>,
     heard: Receiver<Heard>,
     _ear: Arc<dyn VmEvents>,
     seq: u64,
@@ -107,15 +93,15 @@ impl Enforced {
             KvmVm::new(Arc::clone(&vm), Arc::clone(memory), options).expect("KVM takes the memory");
         let (tell, heard) = channel();
         let ear: Arc<dyn VmEvents> = Arc::new(Ear(tell));
-        let standing = Arc::new(Standing::default());
+        let door = Arc::new(Door::default());
         let weak: Weak<dyn VmEvents> = Arc::downgrade(&ear);
         kvm_vm
-            .start(weak, standing.clone())
+            .start(weak, door.clone())
             .expect("there is a thread to be had");
         let enforced = Self {
             kvm_vm,
             vm,
-            standing,
+            door,
             heard,
             _ear: ear,
             seq: 0,
@@ -142,11 +128,15 @@ impl Enforced {
                 break at;
             }
         };
-        let mut worked = self.standing.0.lock().expect("nobody has panicked");
-        let (from, until) = worked.take().expect("memslots have changed");
+        let Stand {
+            asked,
+            began,
+            ended,
+        } = self.door.last();
         cost.all += end - start;
-        cost.before += from - start;
-        cost.standing += until - from;
+        cost.before += asked - start;
+        cost.stopping += began - asked;
+        cost.standing += ended - began;
     }
 
     /// When the next violation was told of.

@@ -16,8 +16,10 @@ pub(crate) const DATA_SIZE: u64 = 16 << 20;
 /// An address without memory: storing there ends a program.
 pub(crate) const NOWHERE: u64 = 1 << 30;
 
-const PML4: u64 = 0x1000;
-const CODE: u64 = 0x8000;
+// Pages with even numbers: what is protected here has odd ones, and page tables are written.
+const PML4: u64 = 0x2000;
+const PDPT: u64 = 0x4000;
+const CODE: u64 = 0xa000;
 
 /// Bytes between two accesses: each is to another cache line.
 const READ: &[u8] = &[
@@ -53,6 +55,12 @@ const STORE: &[u8] = &[
     0xeb, 0xfb, // jmp again
 ];
 
+/// Counts at (%rdi) for ever.
+const COUNT: &[u8] = &[
+    0x48, 0xff, 0x07, // again: incq (%rdi)
+    0xeb, 0xfb, // jmp again
+];
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Program {
     /// Loads from each cache line of the data.
@@ -72,15 +80,17 @@ impl Guest {
     pub(crate) fn new(vcpu: VcpuFd, memory: &GuestMemoryMmap) -> Self {
         let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("RAM");
         // Everything is mapped to itself, for CPL 3 too (bits 0 to 2), in pages of 2 MiB (bit 7).
-        write(PML4, 0x2000 | 7);
-        for (i, directory, gpa) in [(0, 0x3000, 0), (1, 0x4000, NOWHERE)] {
-            write(0x2000 + 8 * i, directory | 7);
+        write(PML4, PDPT | 7);
+        for (i, directory, gpa) in [(0, 0x6000, 0), (1, 0x8000, NOWHERE)] {
+            write(PDPT + 8 * i, directory | 7);
             for page in 0..RAM / HUGE_PAGE {
                 write(directory + 8 * page, (gpa + page * HUGE_PAGE) | 0x87);
             }
         }
-        for (at, program) in [(CODE, READ), (CODE + 0x100, WRITE), (CODE + 0x200, STORE)] {
-            memory.write_slice(program, GuestAddress(at)).expect("RAM");
+        for (i, program) in [READ, WRITE, STORE, COUNT].into_iter().enumerate() {
+            memory
+                .write_slice(program, GuestAddress(CODE + 0x100 * i as u64))
+                .expect("RAM");
         }
         for page in 0..DATA_SIZE / PAGE {
             memory
@@ -106,6 +116,11 @@ impl Guest {
     /// Has it store to `gpa` for ever, from the next KVM_RUN on.
     pub(crate) fn store_to(&mut self, cpl: u8, gpa: u64) {
         self.set_up(cpl, CODE + 0x200, 0, gpa);
+    }
+
+    /// Has it count at [`DATA`] for ever, at CPL 3, from the next KVM_RUN on.
+    pub(crate) fn count(&mut self) {
+        self.set_up(3, CODE + 0x300, 0, 0);
     }
 
     fn set_up(&mut self, cpl: u8, rip: u64, passes: u64, rbx: u64) {

@@ -12,6 +12,7 @@ mod bare;
 mod changes;
 #[path = "../common/mod.rs"]
 mod common;
+mod door;
 mod enforced;
 mod guest;
 mod throughput;

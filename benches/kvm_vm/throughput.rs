@@ -68,6 +68,15 @@ impl Machine {
         micros_of(start.elapsed()) / f64::from(STORES)
     }
 
+    /// What it takes to ask KVM for the registers, as `after_exit` does.
+    fn registers(&self) -> f64 {
+        let start = Instant::now();
+        for _ in 0..STORES {
+            self.guest.vcpu.get_regs().expect("KVM tells");
+        }
+        micros_of(start.elapsed()) / f64::from(STORES)
+    }
+
     /// From KVM_RUN to a store that is refused until it is told of, in microseconds.
     fn told_after(&mut self) -> f64 {
         // What is on its way is told of before an answer.
@@ -133,20 +142,22 @@ pub(crate) fn violations(kvm: &Kvm, rounds: usize) {
     machine.set(&[gfns(FIRST..FIRST + 1)], true);
     for cpl in [3, 0] {
         let mut compared = Compared::default();
-        let (mut unanswered, mut told) = (Vec::new(), Vec::new());
+        let (mut unanswered, mut registers, mut told) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..3 * rounds {
             machine.guest.store_to(cpl, NOWHERE);
             let bare = machine.store(NOWHERE, false);
             machine.guest.store_to(cpl, DATA);
             unanswered.push(machine.store(DATA, false));
             compared.add(bare, machine.store(DATA, true));
+            registers.push(machine.registers());
             let some = iter::repeat_with(|| machine.told_after()).take(100);
             told.push(median(some.collect()));
         }
         println!(
-            "VIOLATION cpl={cpl} {} locked_exit_us={:.2} told_us={:.2}",
+            "VIOLATION cpl={cpl} {} locked_exit_us={:.2} registers_us={:.2} told_us={:.2}",
             compared.columns("exit", "refused"),
             median(unanswered),
+            median(registers),
             median(told),
         );
     }

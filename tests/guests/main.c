@@ -82,7 +82,7 @@ static const struct test { const char *name; void (*run)(void); const char *what
 	{ "kernel-hold", t_kernel_hold, "obeys the serial line: b c q; burst= walks of tables= tables" },
 	{ "hold", t_hold, "obeys the serial line: w l b c r q; burst= requests" },
 	{ "bench-msr", t_bench_msr, "what rules for MSRs cost" },
-	{ "bench", t_bench, "latency of lock requests; n= ranges only, runs=" },
+	{ "bench", t_bench, "latency of lock requests; n= ranges only, runs=, held=" },
 };
 
 static char cmdline[1024];

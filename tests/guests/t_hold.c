@@ -144,6 +144,45 @@ static void bench_line(const char *what, u32 what_n, u64 *v, u32 n)
 	      guard_config().ranges_in_force);
 }
 
+/* Locks every fourth page of these, n in all. */
+static void lock_every_fourth(u8 *pages, u32 n)
+{
+	for (u32 done = 0, now; done < n; done += now) {
+		struct request *q = request_buffer();
+		struct response r;
+
+		now = MIN(n - done, MAX_REQ);
+		for (u32 i = 0; i < now; i++) {
+			u64 gfn = gfn_of(pages) + 4 * (done + i) + 5;
+
+			q->ranges[i] = (struct range) { gfn, gfn, NOWRITE };
+		}
+		r = guard_lock_ranges(now);
+		check(!r.status, "%u ranges of %u before: status %u", now, n, r.status);
+	}
+}
+
+/* One range more when n are in force: pages between two that are locked, spread over all of them. */
+static void bench_one_more(u32 n, u32 runs)
+{
+	static u64 v[64];
+	u8 *pages = alloc_pages(4 * n + 8);
+
+	runs = MIN(runs, MIN(n, ARRAY_SIZE(v)));
+	lock_every_fourth(pages, n);
+	for (u32 k = 0; k < runs; k++) {
+		u64 gfn = gfn_of(pages) + 4 * (k * n / runs) + 3, t;
+		struct response r;
+
+		request_buffer()->ranges[0] = (struct range) { gfn, gfn, NOWRITE };
+		t = now_ns();
+		r = guard_lock_ranges(1);
+		v[k] = now_ns() - t;
+		check(!r.status, "one more than %u: status %u", n, r.status);
+	}
+	bench_line("more n=", n, v, runs);
+}
+
 void t_bench(void)
 {
 	static const struct { u32 n, runs; } sizes[] = { { 1, 31 }, { 16, 31 }, { 256, 7 }, { 4096, 3 } };
@@ -155,6 +194,10 @@ void t_bench(void)
 
 	guard_open();
 	request_buffer();
+	if (opt_num("held", 0)) {
+		bench_one_more(opt_num("held", 0), runs_wanted ? runs_wanted : 15);
+		pass_or_fail(test_name);
+	}
 	page = alloc_lone_page();
 	fill(page, 70);
 	for (u32 s = 0; s < ARRAY_SIZE(sizes); s++) {
