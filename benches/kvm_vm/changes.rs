@@ -48,6 +48,8 @@ struct Both {
     memory: Arc<GuestMemoryMmap>,
     /// The vCPU of the other VM, if it stands.
     standing: Option<VcpuFd>,
+    /// Whose turn it is to be first.
+    bare_first: bool,
 }
 
 /// What the same change took in both.
@@ -76,6 +78,7 @@ impl Both {
             enforced,
             memory,
             standing,
+            bare_first: true,
         }
     }
 
@@ -112,8 +115,13 @@ impl Both {
 
     fn change(&mut self, ranges: &[GfnRange], protect: bool) -> Cost {
         let mut cost = Cost::default();
-        self.change_bare(ranges, protect, &mut cost.bare);
+        if self.bare_first {
+            self.change_bare(ranges, protect, &mut cost.bare);
+        }
         self.change_enforced(ranges, protect, &mut cost.enforced);
+        if !self.bare_first {
+            self.change_bare(ranges, protect, &mut cost.bare);
+        }
         cost
     }
 
@@ -246,6 +254,7 @@ fn lines(kvm: &Kvm, runs: bool, n: u64, rounds: usize) {
     for _ in 0..rounds {
         all.add(&both.change(&ranges, true));
         both.free();
+        both.bare_first = !both.bare_first;
     }
     all.print("all", runs, n);
     both.change(&ranges, true);
@@ -253,6 +262,7 @@ fn lines(kvm: &Kvm, runs: bool, n: u64, rounds: usize) {
     for _ in 0..8 * rounds {
         one.add(&both.change(&more, true));
         both.change(&more, false);
+        both.bare_first = !both.bare_first;
     }
     one.print("one-more", runs, n);
 }
