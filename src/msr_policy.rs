@@ -19,7 +19,8 @@ use toml::Spanned;
 
 use crate::protect::msr::{Access, Action, HostRule, MAX_PINS, MsrRange, Policy, Rule, Unlisted};
 
-/// Largest file, in bytes. A rule takes a hundred; there are not ten thousand MSRs to speak of.
+/// Largest file, in bytes (`docs/msr.md`, "The host's file"). A rule takes a hundred; there are not
+/// ten thousand MSRs to speak of.
 pub const MAX_FILE: u64 = 1 << 20;
 
 /// Most rules: each entry of `msrs` is one. So many go into one message to QEMU.
@@ -28,7 +29,8 @@ pub const MAX_RULES: usize = 4096;
 /// Longest reason, in characters: a parser's message may quote the file.
 const MAX_REASON: usize = 200;
 
-/// Where and why a file is no policy.
+/// Where and why a file is no policy: one line for people, without control characters, whatever the
+/// file says.
 #[derive(Debug, thiserror::Error)]
 #[error("{}:{}{reason}", path.display(), line.map_or(" ".into(), |line| format!("{line}: ")))]
 pub struct PolicyFileError {
@@ -52,7 +54,8 @@ impl PolicyFile {
         &self.policy
     }
 
-    /// Where the file says the rule with this number, for people; the file, if there is none.
+    /// Where the file says the rule with this number (its place in [`Policy::rules`], from 0), for
+    /// people: `PATH:LINE`, lines counted from 1; the file, if there is no such rule.
     pub fn place(&self, rule: Option<u32>) -> String {
         let path = self.path.display();
         match rule.and_then(|rule| self.lines.get(rule as usize)) {
@@ -62,7 +65,7 @@ impl PolicyFile {
     }
 }
 
-/// Reads the policy in the file at `path`.
+/// Reads the policy in the file at `path`, which is a regular one. Blocks for that; opens nothing else.
 ///
 /// # Errors
 ///

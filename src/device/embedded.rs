@@ -5,7 +5,8 @@
 //!
 //! Whoever owns the VM is an [`Enforcer`](crate::vm::enforcer::Enforcer), here as behind any other
 //! front end. Knows threads and no transport: neither registers nor interrupt lines. All that a
-//! transport passes on of what its guest said is checked here.
+//! transport passes on of what its guest said is checked here; what of it is an error the transport
+//! tells its driver as virtio has it (`DEVICE_NEEDS_RESET`, or no `FEATURES_OK`), or leaves out.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -70,14 +71,15 @@ use crate::log_limit::{LogLimit, log_limited};
 
 static FAILED: LogLimit = LogLimit::new(5);
 
-/// Queues of the device: 0 is control, 1 events, 2 walk.
+/// Queues of the device: 0 is control, 1 events, 2 walk (`docs/device.md`, "Device ID and queues").
+/// A driver need not set up all of them.
 pub const NUM_QUEUES: usize = QUEUES;
 
 /// Why something cannot be done. The numbers are those that a driver gave.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmbeddedError {
-    /// The device is served by somebody else.
+    /// The device is served by somebody else, until that is dropped.
     #[error(transparent)]
     InUse(#[from] InUse),
     /// There is no thread to be had that would serve the queues.
@@ -86,7 +88,7 @@ pub enum EmbeddedError {
     /// The driver wants feature bits that it was not offered: these.
     #[error("features {0:#x} were not offered")]
     NotOffered(u64),
-    /// The driver does without `VIRTIO_F_VERSION_1`, so it is none of virtio 1.x.
+    /// The driver does without `VIRTIO_F_VERSION_1`, so it is none of virtio 1.x (virtio 1.3, 6.1).
     #[error("VIRTIO_F_VERSION_1 was not negotiated")]
     Legacy,
     /// The device has no such queue.
@@ -98,7 +100,7 @@ pub enum EmbeddedError {
     /// That cannot be done with a queue that does not run.
     #[error("queue {0} does not run")]
     Stopped(u32),
-    /// Not a power of 2 from 1 to [`MAX_QUEUE_SIZE`].
+    /// Not a power of 2 from 1 to [`MAX_QUEUE_SIZE`] (virtio 1.3, 2.7).
     #[error("a queue cannot have {0} entries")]
     Size(u16),
     /// A part of a queue does not begin where virtio allows it to (virtio 1.3, 2.7).
@@ -122,8 +124,8 @@ pub enum EmbeddedError {
 /// Tells the guest that a queue has something for it.
 ///
 /// Called by a thread of the [`Embedded`], with no lock held: it may take the locks of the VMM and
-/// call the [`Embedded`]. The queue's next interrupt and all its requests wait until it returns. An
-/// interrupt too many does no harm.
+/// call the [`Embedded`], or drop it. The interrupts and requests of all queues wait until it
+/// returns. An interrupt too many does no harm. One that panics is logged, and lost.
 pub type Interrupt = dyn Fn() + Send + Sync;
 
 /// A split virtqueue as a driver has set it up. Nothing of it needs to have been checked.
@@ -223,13 +225,15 @@ impl Embedded {
     }
 
     /// The driver has acknowledged these feature bits, and asks whether they will do
-    /// (`FEATURES_OK`). Counts until [`reset`](Self::reset); before it, the driver has none, and
-    /// all that it asks for is refused.
+    /// (`FEATURES_OK`; virtio 1.3, 3.1.1). Counts until [`reset`](Self::reset); before it, the
+    /// driver has none, and all that it asks for is refused. Waits as [`features`](Self::features)
+    /// does, if that was not called before.
     ///
     /// # Errors
     ///
     /// Nothing changes with [`EmbeddedError::NotOffered`], [`EmbeddedError::Legacy`], or
-    /// [`EmbeddedError::Runs`] for a driver that has started a queue already.
+    /// [`EmbeddedError::Runs`] for a driver that has started a queue already. `FEATURES_OK` is not to be
+    /// set then.
     pub fn set_features(&self, acked: u64) -> Result<(), EmbeddedError> {
         let unknown = acked & !self.features();
         if unknown != 0 {
@@ -247,12 +251,12 @@ impl Embedded {
         Ok(())
     }
 
-    /// Reads the configuration space from `offset` bytes on, as many bytes as there is room for:
-    /// zeros behind its end, which is at [`CONFIG_SIZE`]. What a driver writes to it is to be
-    /// ignored.
+    /// Reads the configuration space (`docs/device.md`, "Configuration space") from `offset` bytes
+    /// on, as many bytes as there is room for: zeros behind its end, which is at [`CONFIG_SIZE`].
+    /// What a driver writes to it is to be ignored.
     ///
     /// Fields move without a configuration change interrupt. A transport with a configuration
-    /// generation changes it when what is read differs from what was read last.
+    /// generation (virtio 1.3, 2.5) changes it when what is read differs from what was read last.
     pub fn read_config(&self, offset: u64, bytes: &mut [u8]) {
         self.device.config().read(offset, bytes);
     }
@@ -280,8 +284,8 @@ impl Embedded {
         Ok(())
     }
 
-    /// The driver has made something available in a queue. Returns at once. A kick of a queue that
-    /// does not run is none.
+    /// The driver has made something available in a queue (virtio 1.3, 2.9; of notification data,
+    /// nothing is wanted). Returns at once. A kick of a queue that does not run is none.
     ///
     /// # Errors
     ///
@@ -313,7 +317,8 @@ impl Embedded {
         Ok(vring.clear())
     }
 
-    /// The driver has reset the device: stops all queues and forgets its features. What it has
+    /// The driver has reset the device (virtio 1.3, 2.4): stops all queues, as
+    /// [`stop_queue`](Self::stop_queue) does, and forgets its features. What it has
     /// locked stays in force; only a reset of the VM
     /// ([`VmEvents::reset`](crate::vm::enforcer::VmEvents::reset)) ends that.
     pub fn reset(&self) {

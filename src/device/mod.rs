@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The virtio device: what survives its front ends, behind one lock.
+//! The virtio device of `docs/device.md`: what survives its front ends, behind one lock.
 //!
 //! A front end is what brings a driver's queues here: `backend` those of a vhost-user connection,
 //! [`embedded`] those of a transport in this very process.
@@ -68,7 +68,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Violations that are remembered for whoever asks.
 const REMEMBERED: usize = 64;
 
-/// The device has a front end already, and can have one only.
+/// The device has a front end already, and can have one only. A driver's reset does not end it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the device has another front end")]
 pub struct InUse;
@@ -76,7 +76,11 @@ pub struct InUse;
 /// Has the vring worker look at the rings without a kick. Called with the device's lock held.
 type Again = dyn Fn() + Send;
 
-/// The device.
+/// The device, of one VM. It is told of the VM as a [`VmEvents`](crate::vm::enforcer::VmEvents), and
+/// serves one front end at a time: an [`Embedded`](embedded::Embedded), say, which may come and go.
+///
+/// Any thread may call it. It holds its lock while it calls the [`Enforcer`], and none while it calls
+/// the [`Witness`]. Dropping it ends nothing that is in force.
 pub struct Device {
     enforcer: Arc<dyn Enforcer>,
     witness: Option<Arc<dyn Witness>>,
@@ -176,6 +180,10 @@ struct FrontEnd {
 impl Device {
     /// A device whose protections are enforced by `enforcer`, which also gives the VM's owner the
     /// host's rules of `policy`, and whose violations are told to `witness`.
+    ///
+    /// The device itself only tells people which rules of `policy` are in force, when it hears so by
+    /// [`VmEvents::host_policy`](crate::vm::enforcer::VmEvents::host_policy). It keeps the enforcer,
+    /// which is to hear of it by a [`Weak`] only.
     #[must_use]
     pub fn new(
         enforcer: Arc<dyn Enforcer>,
@@ -272,7 +280,7 @@ impl Device {
         state.rights()
     }
 
-    /// What is known now. Holds the lock only to copy it.
+    /// What is known now: copies, made with the device's lock held. Waits for nothing else.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();

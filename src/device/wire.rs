@@ -16,8 +16,8 @@ use crate::vm::enforcer::{Access, Action, Policy, Source, Target, Violation};
 /// The virtio device ID: the end of the range that virtio-pci can express (virtio 1.3, 4.1.2), left to
 /// experiments (`docs/device.md`, "Device ID and queues").
 pub const DEVICE_ID: u32 = 63;
-/// Most entries that a driver may give a queue (`docs/device.md`, "Device ID and queues"). QEMU lets a guest
-/// choose up to this many, whatever the device asks for.
+/// Most entries that a driver may give a queue (`docs/device.md`, "Device ID and queues"). QEMU
+/// lets a guest choose up to this many, whatever the device asks for.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// Chains that are served at once; more wait in the ring.
 pub(super) const QUEUE_SIZE: u16 = 64;

@@ -64,7 +64,7 @@ impl Collective {
         self.runs.is_empty()
     }
 
-    /// Rights on one frame; none if it is not mapped.
+    /// Rights on the frame with this number; none if it is not mapped.
     pub fn get(&self, gfn: u64) -> Rights {
         let after = self.runs.partition_point(|run| run.start() <= gfn);
         match self.runs[..after].last() {
@@ -91,12 +91,12 @@ impl Collective {
         &self.counts
     }
 
-    /// The first few malformed entries, each by one of its addresses.
+    /// The first 64 malformed entries, each by one of its addresses.
     pub fn malformed(&self) -> &[Malformed] {
         &self.malformed
     }
 
-    /// The first few mappings that are writable and executable themselves. A page that one mapping
+    /// The first 256 mappings that are writable and executable themselves. A page that one mapping
     /// writes and another one executes is not here, but has both [`Rights`].
     pub fn write_exec(&self) -> &[WriteExecMapping] {
         &self.write_exec
@@ -107,17 +107,21 @@ impl Collective {
         self.tables
     }
 
-    /// Entries read.
+    /// Entries read, 512 for each time that a table was.
     pub fn entries_read(&self) -> u64 {
         self.entries_read
     }
 }
 
-/// Adds up the rights that all mappings in `space` give.
+/// Adds up the rights that all mappings in `space` give (`docs/paging.md`, "`collective`: each frame").
+///
+/// What the processor may have against an access besides (SMAP, protection keys, ...) is not
+/// considered, so rights are an upper bound.
 ///
 /// # Errors
 ///
-/// The root lies outside of memory, a limit was reached, or the walk was cancelled.
+/// [`WalkError`]: the root lies outside of memory, a limit was reached, or the walk was cancelled.
+/// There is no part of a result then.
 pub fn collective<M: GuestMemory + ?Sized>(
     memory: &M,
     space: &Space,

@@ -68,7 +68,7 @@ impl Merger {
         }
     }
 
-    /// The last extent.
+    /// The last extent, if there was a mapping.
     #[must_use]
     pub fn finish(self) -> Option<Extent> {
         self.last

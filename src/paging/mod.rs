@@ -8,6 +8,10 @@
 //! how; [`walk()`] tells its mappings one by one, [`collective()`] tells what they add up to, and
 //! [`plan()`] turns that into what can be taken away. Everything in the tables is hostile:
 //! `docs/paging.md` has the rules, with the SDM's sections.
+//!
+//! All of it works in the calling thread, which [`Limits`] bounds, and writes to no memory of the
+//! guest's. Addresses and sizes are in bytes, frames are of 4096; the last address or frame of a
+//! range belongs to it.
 
 mod collective;
 mod entry;

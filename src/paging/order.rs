@@ -25,7 +25,7 @@ pub struct TooManyPieces(pub usize);
 
 impl Plan {
     /// The order that gives pages for good what the plan gives them, and leaves all others as they
-    /// are.
+    /// are. [`Plan::refused`] is for the caller to look at first, here and in [`Self::protect`].
     ///
     /// # Errors
     ///

@@ -81,7 +81,7 @@ pub struct Piece {
     pub range: GfnRange,
     /// What they get; free attributes if that is nothing.
     pub attributes: Attributes,
-    /// The entry that counts on them.
+    /// The entry that counts on them, counted from 0.
     pub entry: usize,
 }
 
@@ -96,7 +96,7 @@ pub struct Plan {
     asked: Vec<(GfnRange, usize)>,
     /// Those of them that get something: disjoint, ascending, neighbours joined within an entry.
     given: Vec<Given>,
-    /// Pages by kind, all of them.
+    /// Pages by kind, all of them, also beyond the lists.
     pub counts: Counts,
     /// The first entry with pages that the policy refuses. Nothing is to be set then.
     pub refused: Option<usize>,
@@ -213,9 +213,10 @@ impl Plan {
     }
 }
 
-/// What the pages of `entries` get of the attributes there: that of `NOWRITE` where nothing writes,
-/// that of `NOEXEC_KERNEL` where nothing executes in supervisor mode. Where entries overlap the last
-/// one counts, and those without attributes are for pages to be left alone.
+/// What the pages of `entries` get of the attributes there (`docs/paging.md`, "`plan`: what pages
+/// get"): that of `NOWRITE` where nothing writes, that of `NOEXEC_KERNEL` where nothing executes in
+/// supervisor mode. Where entries overlap the last one counts, and those without attributes are for
+/// pages to be left alone.
 ///
 /// Nothing else follows from a kernel's tables: its pages may well be executed and read by
 /// processes whose tables were not looked at.

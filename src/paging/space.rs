@@ -62,7 +62,7 @@ pub enum SpaceError {
     NonCanonical(u64),
 }
 
-/// How many levels page tables have: CR4.LA57.
+/// How many levels page tables have: CR4.LA57. Exhaustive: the processor has no others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Levels {
     /// 48-bit linear addresses.
@@ -136,13 +136,13 @@ pub struct Paging {
 }
 
 impl Paging {
-    /// What control registers say. `physical_bits` and `gib_pages` are from CPUID; shadow stacks
-    /// are taken to be off.
+    /// What control registers say (SDM vol. 3A, 4.1.1). `physical_bits` and `gib_pages` are from
+    /// CPUID; shadow stacks are taken to be off.
     ///
     /// # Errors
     ///
-    /// [`SpaceError::OtherMode`] if the registers select another paging mode, and
-    /// [`SpaceError::PhysicalBits`].
+    /// [`SpaceError::OtherMode`] if the registers select another paging mode than 4-level or
+    /// 5-level, and [`SpaceError::PhysicalBits`] outside of 32 to 52.
     pub fn from_registers(
         cr0: u64,
         cr4: u64,
@@ -235,11 +235,11 @@ impl Space {
         })
     }
 
-    /// Every canonical address below `root`.
+    /// Every canonical address below the root at guest-physical address `root`.
     ///
     /// # Errors
     ///
-    /// Physical bits, root.
+    /// As [`Self::new`]: physical bits, root.
     pub fn whole(paging: Paging, root: u64) -> Result<Self, SpaceError> {
         Self::new(paging, root, 0..=u64::MAX)
     }
@@ -248,7 +248,7 @@ impl Space {
     ///
     /// # Errors
     ///
-    /// Physical bits, root.
+    /// As [`Self::new`]: physical bits, root.
     pub fn kernel_half(paging: Paging, root: u64) -> Result<Self, SpaceError> {
         let start = paging
             .levels

@@ -18,7 +18,7 @@ pub(super) type Table = [u64; ENTRIES];
 /// Examples of malformed entries that are kept.
 const EXAMPLES: usize = 64;
 
-/// How much a walk may do.
+/// How much a walk may do (`docs/paging.md`, "`collective`: each frame").
 #[derive(Clone, Copy, Debug)]
 pub struct Limits<'a> {
     /// Entries read, 512 for each table. The 64 GiB direct map of a Linux in 4 KiB pages has 2^24.
@@ -47,16 +47,16 @@ impl Default for Limits<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WalkError {
-    /// The root's page is not in memory, or not as a whole.
+    /// The root's page, at this guest-physical address, is not in memory, or not in one piece of it.
     #[error("root {0:#x} of the page tables is not in guest memory")]
     RootOutside(u64),
-    /// The tables are more than the walk may read.
+    /// The tables are more than the walk may read: [`Limits::entries`].
     #[error("page tables have more than {0} entries to read")]
     TooManyEntries(u64),
-    /// Too many ranges of frames differ in their rights.
+    /// Too many ranges of frames differ in their rights: [`Limits::ranges`].
     #[error("page tables make more than {0} ranges of pages with different rights")]
     TooManyRanges(usize),
-    /// Somebody wanted the walk to end.
+    /// Somebody wanted the walk to end: [`Limits::cancel`].
     #[error("walk of the page tables was cancelled")]
     Cancelled,
 }
@@ -101,7 +101,7 @@ impl Counts {
 pub struct Malformed {
     /// The first linear address that leads to it.
     pub va: u64,
-    /// Level of its table.
+    /// Level of its table: 1 to 5.
     pub level: u8,
     /// The entry.
     pub entry: u64,

@@ -25,7 +25,8 @@ pub struct Mapping {
     pub pa: u64,
     /// Bytes: at most those of the page.
     pub size: u64,
-    /// All bits of the page's own entry that are not its address.
+    /// All bits of the page's own entry that are not its address (SDM vol. 3A, tables 4-16, 4-18
+    /// and 4-20).
     pub flags: u64,
     /// Level of the page's own entry: 1, 2 or 3 for a page of 4 KiB, 2 MiB or 1 GiB.
     pub level: u8,
@@ -39,20 +40,24 @@ pub struct Mapping {
 pub struct Walked {
     /// Mappings and malformed entries in the range, up to where the walk ended.
     pub counts: Counts,
-    /// The first few malformed entries.
+    /// The first 64 malformed entries.
     pub malformed: Vec<Malformed>,
-    /// Entries read.
+    /// Entries read, 512 for each table.
     pub entries_read: u64,
     /// Whether the callback ended it.
     pub stopped: bool,
 }
 
-/// Calls `callback` for every mapping in `space`, until it breaks.
+/// Calls `callback` for every mapping in `space`, in the order of linear addresses, until it breaks
+/// (`docs/paging.md`, "`walk`: each mapping").
+///
+/// A guest that changes its tables meanwhile is seen half before and half after; each entry is read
+/// once for each path to it.
 ///
 /// # Errors
 ///
-/// The root lies outside of memory, a limit was reached, or the walk was cancelled. The callback has
-/// been called then for what came before.
+/// [`WalkError`]: the root lies outside of memory, a limit was reached, or the walk was cancelled. The
+/// callback has been called then for what came before. [`Limits::ranges`] does not count here.
 pub fn walk<M: GuestMemory + ?Sized>(
     memory: &M,
     space: &Space,

@@ -4,7 +4,8 @@
 
 use super::{Order, msr};
 
-/// What is to change, whole or not at all.
+/// What is to change, whole or not at all (`docs/device.md`, "Requests"). Exhaustive: an enforcer
+/// that passed over a kind would have said OK to what nobody enforces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Demand {
     /// Rights on pages.

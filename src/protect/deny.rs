@@ -7,9 +7,10 @@
 use std::fmt;
 
 bitflags::bitflags! {
-    /// Rights of a guest on a page, each named by its denial. A set bit takes a right away, as in
-    /// Heki's `KVM_HC_LOCK_MEM_PAGE_RANGES` ("nowrite" rather than "read-only"); the value of
-    /// `NOWRITE` is that of `HEKI_ATTR_MEM_NOWRITE`.
+    /// Rights of a guest on a page, each named by its denial (`docs/device.md`, "Attributes"). A
+    /// set bit takes a right away, as in Heki's `KVM_HC_LOCK_MEM_PAGE_RANGES` ("nowrite" rather
+    /// than "read-only"); the value of `NOWRITE` is that of `HEKI_ATTR_MEM_NOWRITE`. Bits are
+    /// compared one by one: `NOEXEC` does not stand for `NOEXEC_KERNEL`.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Deny: u64 {
         /// No store to the page succeeds.
@@ -18,7 +19,7 @@ bitflags::bitflags! {
         const NOEXEC = 1 << 1;
         /// No load from the page succeeds.
         const NOREAD = 1 << 2;
-        /// No instruction is fetched from the page in supervisor mode.
+        /// No instruction is fetched from the page in supervisor mode (CPL below 3).
         const NOEXEC_KERNEL = 1 << 3;
     }
 }
@@ -32,7 +33,8 @@ impl fmt::Display for Deny {
     }
 }
 
-/// What holds, or is to hold, on a page.
+/// What holds, or is to hold, on a page (`docs/device.md`, "Attributes"). The default: every right
+/// is free.
 ///
 /// For each right a page is in one of three states, in this order: free, watched, denied. What
 /// is denied is not watched, whatever was asked for.
@@ -43,7 +45,7 @@ pub struct Attributes {
     immutable: bool,
 }
 
-/// Attribute bits that nobody knows.
+/// Attribute bits that nobody knows: these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown attribute bits {0:#x}")]
 pub struct UnknownBits(pub u64);
@@ -95,8 +97,8 @@ impl Attributes {
         (self.deny | self.audit).is_empty()
     }
 
-    /// As one number: deny bits, what is watched shifted left by [`Self::AUDIT_SHIFT`], and
-    /// [`Self::IMMUTABLE`].
+    /// As one number, that of the device's requests and answers: deny bits, what is watched shifted
+    /// left by [`Self::AUDIT_SHIFT`], and [`Self::IMMUTABLE`].
     pub fn bits(self) -> u64 {
         self.deny.bits()
             | self.audit.bits() << Self::AUDIT_SHIFT

@@ -14,8 +14,9 @@ use super::spans;
 use super::table::span_of;
 use super::{Attributes, Deny, Protection, Table, table};
 
-/// What a guest asks for. The attributes of entries are what is asked for on each page; whether
-/// they are marked immutable is of no account here.
+/// What a guest asks for: `LOCK` is `KVM_HC_LOCK_MEM_PAGE_RANGES` of Heki v1, `PROTECT` is
+/// `KVM_HC_PROTECT_MEMORY` of Heki v2 (`docs/device.md`). The attributes of entries are what is asked
+/// for on each page; whether they are marked immutable is of no account here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
     /// Add these to what holds, for good. Where entries overlap they add up.
@@ -38,11 +39,12 @@ impl Order {
 #[error("entry {index} would loosen an immutable page")]
 #[non_exhaustive]
 pub struct Loosens {
-    /// The first entry that does.
+    /// The first entry that does, counted from 0.
     pub index: usize,
 }
 
-/// What an order comes to on one table: what each page that it touches is to become.
+/// What an order comes to on one table: what each page that it touches is to become. Made by
+/// [`Table::plan`] and [`Table::seal`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use = "a change holds when it is enforced and applied"]
 pub struct Change {
@@ -59,7 +61,8 @@ impl Change {
             .sum()
     }
 
-    /// What each page becomes: disjoint, ascending; free attributes where nothing is to hold.
+    /// What each page becomes: disjoint, ascending; free attributes where nothing is to hold. Pages
+    /// on which the same holds already may be among them.
     pub fn protections(&self) -> impl Iterator<Item = Protection> + '_ {
         self.pieces()
             .map(|(span, attributes)| table::protection(span, attributes))

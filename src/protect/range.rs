@@ -47,7 +47,8 @@ pub enum RangeError {
     },
 }
 
-/// A non-empty run of guest frames; both ends belong to it, as in `struct heki_pa_range`.
+/// A non-empty run of guest frames (of 4096 bytes); both ends belong to it, as in `struct
+/// heki_pa_range`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GfnRange {
     start: Gfn,
@@ -72,8 +73,8 @@ impl GfnRange {
         Ok(Self { start, end })
     }
 
-    /// The frames that the `len` bytes from guest-physical address `gpa` on touch; `None` for no bytes, or for bytes
-    /// beyond the end of the address space.
+    /// The frames that the `len` bytes from guest-physical address `gpa` on touch; `None` for no
+    /// bytes, or for bytes beyond the end of the 64-bit address space.
     #[must_use]
     pub fn of_bytes(gpa: u64, len: u64) -> Option<Self> {
         let last = gpa.checked_add(len.checked_sub(1)?)?;

@@ -11,7 +11,7 @@ use rangemap::RangeMap;
 
 use super::{Attributes, Change, Deny, Gfn, GfnRange, Loosens, Order, spans};
 
-/// A range of pages and what is to hold, or holds, on each of them.
+/// A range of pages and what is to hold, or holds, on each of them: `struct heki_pa_range`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protection {
     /// The pages.
@@ -20,28 +20,34 @@ pub struct Protection {
     pub attributes: Attributes,
 }
 
-/// What is denied and watched on which guest page. A page on which nothing is, is not in it.
+/// What is denied and watched on which guest page. A page on which nothing is, is not in it. Two
+/// tables are equal if the same holds on every page.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     ranges: RangeMap<u64, Attributes>,
 }
 
 impl Table {
-    /// What `order` comes to, whole. The table stays as it is.
+    /// What `order` comes to, whole. The table stays as it is. Whether its pages are RAM, and its
+    /// rights can be denied, is not known here.
+    ///
+    /// For n entries that touch m ranges this takes O((n + m) log (n + m)), however they overlap.
     ///
     /// # Errors
     ///
-    /// The first entry that would loosen an immutable page.
+    /// The first entry that would loosen an immutable page. Of entries of an [`Order::Protect`] that
+    /// overlap only the last one can; an [`Order::Lock`] never does.
     pub fn plan(&self, order: &Order) -> Result<Change, Loosens> {
         Change::of(self, order)
     }
 
-    /// What it comes to that what holds now is for good. The table stays as it is.
+    /// What it comes to that what holds now is for good (`SEAL`). The table stays as it is.
     pub fn seal(&self) -> Change {
         Change::seal(self)
     }
 
-    /// Takes over a change that was planned on this table, as it is now.
+    /// Takes over a change that was planned on this table, as it is now. One that was planned on
+    /// another is taken over as it is, so immutable pages can be loosened by it.
     pub fn apply(&mut self, change: &Change) {
         for (span, attributes) in change.pieces() {
             self.set(span, attributes);
@@ -99,7 +105,7 @@ impl Table {
         spans::each_within(&self.ranges, span, take);
     }
 
-    /// How many disjoint ranges there are.
+    /// How many disjoint ranges there are; neighbours with equal attributes are one.
     pub fn len(&self) -> usize {
         self.ranges.len()
     }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the host is told of a VM, as JSON: `events_file` as it happens, `status` when asked.
+//! What the host is told of a VM: each violation as it happens, and what is known when it asks.
 //!
-//! Here are the documents, which README.md describes. Knows the device's state by its types, and
-//! changes nothing.
+//! As types, [`Seen`] and [`Snapshot`]; as documents for programs, made of these, [`Event`] and
+//! [`Status`], which are serde's to write (README.md describes them as JSON). The companion sends
+//! them with `events_file` and `status`; a VMM does with them what it likes. Knows the device's
+//! state by its types, and changes nothing.
 
 #[cfg(feature = "companion")]
 pub mod events_file;
@@ -32,7 +34,7 @@ pub const FORMAT: u32 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Seen {
-    /// By the companion's clock.
+    /// By this process' clock.
     pub time: SystemTime,
     /// The VM's generation then.
     pub generation: u64,
@@ -40,13 +42,16 @@ pub struct Seen {
     pub violation: Violation,
 }
 
-/// Is told of each violation. May be called with a lock held, so it must not wait.
+/// Is told of each violation, by the thread that calls
+/// [`VmEvents::violation`](crate::vm::enforcer::VmEvents::violation). That may be one that answers
+/// guests, so it must not wait; a guest can cause as many as it likes, so what is kept of them is
+/// to be bounded.
 pub trait Witness: Send + Sync {
     /// A violation was heard of.
     fn seen(&self, seen: &Seen);
 }
 
-/// What the device knows at one moment.
+/// What the device knows at one moment. Made by [`Device::snapshot`](crate::device::Device::snapshot).
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Snapshot {
@@ -62,9 +67,9 @@ pub struct Snapshot {
     pub host: Option<msr::Policy>,
     /// What was counted.
     pub counters: Counters,
-    /// The last violations, oldest first.
+    /// The last 64 violations, oldest first.
     pub violations: Vec<Seen>,
-    /// Guest memory as the front end has shared it.
+    /// Guest memory as the front end has it; empty without one.
     pub memory: Vec<Ram>,
 }
 
@@ -76,11 +81,11 @@ pub struct Ram {
     pub gpa: u64,
     /// Bytes.
     pub size: u64,
-    /// Where it lies.
+    /// The file that it is mapped from, and at which offset, if it is one.
     pub backing: Option<FileOffset>,
 }
 
-/// What was counted since the companion knows the VM.
+/// What was counted since the device knows the VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Counters {
@@ -96,13 +101,13 @@ pub struct Counters {
     pub requests_refused: u64,
 }
 
-/// The document of the status socket.
+/// What is known of a VM, as a document: that of the companion's status socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Status {
     /// [`FORMAT`].
     pub format: u32,
-    /// Version of the companion.
+    /// Version of this library.
     pub companion: String,
     /// The owner of the VM is there. If not, the rest is what it said last.
     pub connected: bool,
@@ -129,10 +134,10 @@ pub struct Status {
     pub msr_rules: Vec<MsrRule>,
     /// What was counted.
     pub counters: Counters,
-    /// The last violations, oldest first.
+    /// The last 64 violations, oldest first.
     pub violations: Vec<Event>,
-    /// Guest memory, in descriptors that come with the document's first byte. Not there for a client
-    /// that is neither root nor the companion's user.
+    /// Guest memory, in descriptors that come with the document's first byte. Of the status socket
+    /// only, and there not for a client that is neither root nor the companion's user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<Vec<Memory>>,
     /// Pieces of guest memory that cannot be passed.
@@ -193,7 +198,7 @@ pub struct Range {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Event {
-    /// When the companion heard of it: RFC 3339, UTC.
+    /// When it was heard of: RFC 3339, UTC, microseconds.
     pub time: String,
     /// The VM's generation.
     pub generation: u64,

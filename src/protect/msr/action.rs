@@ -6,7 +6,8 @@
 
 use std::fmt::Debug;
 
-/// What becomes of a read, from free to strict. Of two, the stricter is the greater.
+/// What becomes of a read, from free to strict. Of two, the stricter is the greater (`docs/msr.md`,
+/// "Which rule is the stricter").
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum OnRead {
     /// It is carried out.

@@ -12,17 +12,17 @@ use rangemap::RangeMap;
 use super::action::Restriction;
 use super::{MsrRange, OnRead, OnWrite, Policy, Table};
 
-/// What becomes of an access.
+/// What becomes of an access. Exhaustive: whoever answers KVM has to do each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is carried out as if nobody had deflected it, with every check that the guest's own
     /// access would get.
     Allowed,
-    /// It is a write that changes nothing, and is over.
+    /// It is a write that changes nothing, and is over: the vCPU goes on behind it.
     Skip,
     /// It gets #GP(0).
     Fault,
-    /// It is a read, and gives this.
+    /// It is a read, and gives this in EDX:EAX.
     Value(u64),
 }
 
@@ -90,7 +90,8 @@ impl Decisions {
     }
 
     /// What becomes of a write of `value` to `msr`, which holds `now` on the vCPU that writes, and
-    /// held `kept` when it became pinned.
+    /// held `kept` when it became pinned (`docs/msr.md`, "A rule"). Both count only where the MSR
+    /// is pinned.
     pub fn write(&self, msr: u32, now: u64, kept: u64, value: u64) -> Answer {
         match self.writes.get(&msr.into()).copied().unwrap_or_default() {
             // The bits of one or of the other, not some of each.

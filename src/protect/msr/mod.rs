@@ -8,6 +8,10 @@
 //! accesses that user space has something to say about reach it. [`Rules`] keeps all of these in
 //! step. `docs/msr.md` is the specification.
 //!
+//! For an enforcer of one's own: [`Rules`] are told each order and what is in force, [`Planned`]
+//! has the filter to install before the answer is OK, and [`Decisions`] says what becomes of each
+//! access that KVM hands over. MSR numbers are those of RDMSR's ECX; ranges have an inclusive end.
+//!
 //! Nothing here knows files, the virtio device, QEMU, or what value an MSR has.
 
 mod action;

@@ -57,13 +57,13 @@ pub enum HostRule {
 #[error("rule {index} speaks of the same access to an MSR as rule {earlier}")]
 #[non_exhaustive]
 pub struct Overlap {
-    /// The later of the two.
+    /// The later of the two, counted from 0.
     pub index: usize,
     /// The earlier of the two.
     pub earlier: usize,
 }
 
-/// The host's rules.
+/// The host's rules. The default: none, and all is allowed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     unlisted: Unlisted,

@@ -76,7 +76,7 @@ impl From<OnWrite> for Action {
     }
 }
 
-/// Why an access and an action are not a rule.
+/// Why an access and an action are not a rule (`docs/msr.md`, "What no rule can speak of").
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RuleError {

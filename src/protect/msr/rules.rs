@@ -7,7 +7,7 @@
 use super::{Decisions, Filter, FilterFull, Loosens, Order, Policy, Table};
 
 /// Most MSRs that can be pinned at once, by the host and the guest together, because of what is
-/// kept for each on each vCPU.
+/// kept for each on each vCPU (`docs/msr.md`, "A rule").
 pub const MAX_PINS: u32 = 64;
 
 /// What a VM can hold.
@@ -57,7 +57,8 @@ pub struct Rules {
     budget: Budget,
 }
 
-/// What an order comes to: what is in force when it is carried out.
+/// What an order comes to: what is in force when it is carried out. An enforcer puts all
+/// of it in force, or nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[must_use = "what is planned holds when it is enforced and applied"]
@@ -126,7 +127,8 @@ impl Rules {
         })
     }
 
-    /// Takes over the guest's rules that are in force now.
+    /// Takes over the guest's rules that are in force now: [`Planned::table`], when it is enforced,
+    /// or none after a reset.
     pub fn apply(&mut self, table: Table) {
         self.table = table;
     }

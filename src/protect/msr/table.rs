@@ -16,7 +16,7 @@ use super::action::Restriction;
 use super::{MsrRange, OnRead, OnWrite, Rule};
 use crate::protect::spans;
 
-/// What a guest asks for.
+/// What a guest asks for (`docs/msr.md`, "The guest's rules").
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
     /// Add these to what holds, for good. Where rules overlap they add up. A rule that allows
@@ -41,7 +41,7 @@ impl Order {
 #[error("rule {index} would loosen a locked one")]
 #[non_exhaustive]
 pub struct Loosens {
-    /// The first rule that does.
+    /// The first rule that does, counted from 0.
     pub index: usize,
 }
 
@@ -98,13 +98,14 @@ impl Table {
         }
     }
 
-    /// What holds now is for good.
+    /// What holds now is for good: changes the table at once, as nothing has to be enforced for it.
     pub fn seal(&mut self) {
         self.reads.seal();
         self.writes.seal();
     }
 
-    /// Takes over a change that was planned on this table, as it is now.
+    /// Takes over a change that was planned on this table, as it is now. One that was planned on
+    /// another is taken over as it is, so locked rules can be loosened by it.
     pub fn apply(&mut self, change: &Change) {
         self.reads.apply(&change.reads);
         self.writes.apply(&change.writes);

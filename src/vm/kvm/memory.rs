@@ -36,8 +36,14 @@ impl Gate {
 /// for what they do.
 ///
 /// No protection changes while there is one of these, so that a device that has been given a slice
-/// of memory may use it until then: a guest that is told OK can be sure of devices, too. So it is to be let go of
-/// before a device waits for anything. A thread has one at a time.
+/// of memory may use it until then: a guest that is told OK can be sure of devices, too. So it is
+/// to be let go of before a device waits for anything. It stays with its thread, which has one at a
+/// time: with a second one it could wait for ever, if a change waits in between. Reading is never
+/// refused.
+///
+/// What is refused gives
+/// [`InvalidGuestAddress`](vm_memory::guest_memory::Error::InvalidGuestAddress), as memory does
+/// that is not there, and nothing is written then.
 #[derive(Debug)]
 pub struct DeviceMemory<'a> {
     shared: &'a Shared,

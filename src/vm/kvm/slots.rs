@@ -58,7 +58,7 @@ pub struct Slot {
     pub readonly: bool,
 }
 
-/// Frames, and what they are to become.
+/// Frames of RAM, and what they are to become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frames {
     /// The frames; they may lie in more than one region.
@@ -251,9 +251,9 @@ struct Run {
 }
 
 impl Slots {
-    /// The slots of RAM that is read-write everywhere, one for each region, with numbers from `ids`.
-    /// They are in [`Self::iter`]; whoever owns the VM makes them, and lets nobody else use `ids`, whose
-    /// end is at most `KVM_CAP_NR_MEMSLOTS`.
+    /// The slots of RAM that is read-write everywhere, one for each region, with numbers from
+    /// `ids`. They are in [`Self::iter`]; whoever owns the VM makes them, and lets nobody else use
+    /// `ids` (its end is exclusive, and at most `KVM_CAP_NR_MEMSLOTS`).
     ///
     /// That no two regions map the same memory (a file that is mapped twice, say) is up to the caller,
     /// but for host addresses that are in both.
@@ -348,7 +348,7 @@ impl Slots {
     ///
     /// # Errors
     ///
-    /// A change that is not within RAM, or more slots than there may be.
+    /// [`PlanError`]: the first change that is not within RAM, or more slots than there may be.
     pub fn plan(&self, changes: &[Frames]) -> Result<Plan, PlanError> {
         let mut wanted = RangeMap::new();
         for (index, &Frames { range, readonly }) in changes.iter().enumerate() {
