@@ -8,9 +8,9 @@ use std::fmt;
 
 bitflags::bitflags! {
     /// Rights of a guest on a page, each named by its denial (`docs/device.md`, "Attributes"). A
-    /// set bit takes a right away, as in Heki's `KVM_HC_LOCK_MEM_PAGE_RANGES` ("nowrite" rather
-    /// than "read-only"); the value of `NOWRITE` is that of `HEKI_ATTR_MEM_NOWRITE`. Bits are
-    /// compared one by one: `NOEXEC` does not stand for `NOEXEC_KERNEL`.
+    /// set bit takes a right away, as in Heki's `KVM_HC_LOCK_MEM_PAGE_RANGES` (seed 000: "nowrite"
+    /// rather than "read-only"); the value of `NOWRITE` is that of `HEKI_ATTR_MEM_NOWRITE`. Bits
+    /// are compared one by one: `NOEXEC` does not stand for `NOEXEC_KERNEL`.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Deny: u64 {
         /// No store to the page succeeds.

@@ -14,7 +14,7 @@ use super::spans;
 use super::table::span_of;
 use super::{Attributes, Deny, Protection, Table, table};
 
-/// What a guest asks for: `LOCK` is `KVM_HC_LOCK_MEM_PAGE_RANGES` of Heki v1, `PROTECT` is
+/// What a guest asks for: `LOCK` is `KVM_HC_LOCK_MEM_PAGE_RANGES` of Heki v1 (seed 000), `PROTECT` is
 /// `KVM_HC_PROTECT_MEMORY` of Heki v2 (`docs/device.md`). The attributes of entries are what is asked
 /// for on each page; whether they are marked immutable is of no account here.
 #[derive(Clone, Debug, PartialEq, Eq)]

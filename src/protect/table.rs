@@ -11,7 +11,7 @@ use rangemap::RangeMap;
 
 use super::{Attributes, Change, Deny, Gfn, GfnRange, Loosens, Order, spans};
 
-/// A range of pages and what is to hold, or holds, on each of them: `struct heki_pa_range`.
+/// A range of pages and what is to hold, or holds, on each of them: `struct heki_pa_range` (seed 000).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protection {
     /// The pages.

@@ -18,7 +18,7 @@ pub const TSC_DEADLINE: u32 = 0x6e0;
 
 bitflags::bitflags! {
     /// Ways to access an MSR, with the values of `KVM_MSR_ALLOW_READ` (KVM_ADD_MSR_ALLOWLIST
-    /// proposal) and of `KVM_MSR_FILTER_READ` (KVM_X86_SET_MSR_FILTER).
+    /// proposal, seed 001) and of `KVM_MSR_FILTER_READ` (KVM_X86_SET_MSR_FILTER).
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Access: u32 {
         /// RDMSR.
