@@ -127,7 +127,9 @@ impl Vcpus for Door {
         self.changed.notify_all();
     }
 
-    fn give_up(&self) {
+    fn pause(&self) {}
+
+    fn shut_down(&self) {
         panic!("KVM has refused a memslot that was there before");
     }
 }

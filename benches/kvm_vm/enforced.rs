@@ -87,7 +87,7 @@ impl Enforced {
         let options = Options {
             on_violation: Policy::Drop,
             max_ranges: u32::from(IDS),
-            slots: 0..IDS,
+            ..Options::new(0..IDS)
         };
         let kvm_vm =
             KvmVm::new(Arc::clone(&vm), Arc::clone(memory), options).expect("KVM takes the memory");
