@@ -12,6 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # pylint: disable=wrong-import-position
+from emulation import WORDS  # noqa: E402
 from harness.case import GuardTest  # noqa: E402
 from harness.host import lab  # noqa: E402
 from harness.machine import Embedded as Vm  # noqa: E402
@@ -250,6 +251,31 @@ class EmbeddedMsr(EmbeddedTest):
 
     def test_many(self):
         self.check("msr-many")
+
+
+class EmbeddedEmulation(EmbeddedTest):
+    """Watched stores, and what KVM's emulator lacks; as in emulation.py.
+
+    :avocado: tags=kvm,lab
+    """
+
+    def test_audit(self):
+        self.check("audit", cpus=2, deadline=120)
+
+    def test_audit_drop(self):
+        self.check("audit", "kinds=0", cpus=2, policy="drop")
+
+    def test_lock_unemulated(self):
+        self.check("lock-unemulated")
+
+    def test_emul(self):
+        self.check("emul", *WORDS)
+
+    def test_emul_drop(self):
+        self.check("emul", *WORDS, policy="drop")
+
+    def test_emul_other(self):
+        self.check("emul-other")
 
 
 class EmbeddedPolicies(EmbeddedTest):
