@@ -69,7 +69,7 @@
 //! * Log lines go to the crate `log`. Those that a guest can cause have a limited rate.
 //! * Threads are started by [`Embedded::new`](device::embedded::Embedded::new) (`guard-queues`), by
 //!   [`KvmVm::start`](vm::kvm::KvmVm::start) (`kvm-guard`), and when a guest has its page tables read
-//!   for the first time (`walker`). No signal handler is set, and no environment variable read.
+//!   for the first time (`guard-walk`). No signal handler is set, and no environment variable read.
 //! * Sizes and addresses are in bytes and guest-physical unless a type ([`Gfn`](protect::Gfn)) or name
 //!   says otherwise; ranges that are types have an inclusive end.
 //!

@@ -772,7 +772,7 @@ fn there_is_one_thread_that_walks_and_none_before_the_first() {
         let tasks = fs::read_dir(format!("/proc/{}/task", s.companion.pid())).unwrap();
         let names =
             tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")).unwrap());
-        names.filter(|name| name.trim() == "walker").count()
+        names.filter(|name| name.trim() == "guard-walk").count()
     };
     s.assert_works();
     assert_eq!(walkers(&s), 0);

@@ -105,7 +105,7 @@ fn of_entry(errno: Errno, entry: usize) -> Refusal {
 
 /// The thread, as it is by default.
 pub(super) fn thread() -> thread::Builder {
-    thread::Builder::new().name("walker".into())
+    thread::Builder::new().name("guard-walk".into())
 }
 
 /// Does a walk: all of it that takes time.
