@@ -364,7 +364,7 @@ impl Machine {
                     let end = end(vcpu, &self.memory, cpl, code.len());
                     return (verdicts, Some(end));
                 }
-                Ok(VcpuExit::InternalError) => {
+                Ok(VcpuExit::InternalError | VcpuExit::MmioWrite(..)) => {
                     verdicts.push(guarded.after_exit(vcpu));
                     if verdicts.last() == Some(&Verdict::NotMine) {
                         return (verdicts, None);
@@ -586,7 +586,7 @@ fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap) {
     };
     (sregs.gdt.base, sregs.gdt.limit) = (GDT, 23);
     (sregs.idt.base, sregs.idt.limit) = (IDT, 16 * 32 - 1);
-    (sregs.cr0, sregs.cr3, sregs.cr4) = (0x8001_0011, PML4, 0x20);
+    (sregs.cr0, sregs.cr3, sregs.cr4) = (0x8001_0011, PML4, 0x620);
     sregs.efer = 0x500;
     vcpu.set_sregs(&sregs).unwrap();
 }
@@ -1645,5 +1645,69 @@ fn a_store_that_kvm_cannot_emulate_is_tried_again_when_its_page_is_free_meanwhil
         m.memory
             .write_obj(0_u8, GuestAddress(DATA + MXCSR))
             .unwrap();
+    }
+}
+
+/// Stores 16 bytes, which KVM does in two pieces, or more over the edge of a page.
+const MOVUPS: &[u8] = &[0x0f, 0x11, 0x07];
+
+#[test]
+fn one_event_is_made_of_a_store_or_two_if_a_denied_part_comes_after_a_watched_one() {
+    for policy in [Policy::Drop, Policy::Pause] {
+        let Some(mut m) = Machine::new(policy) else {
+            return;
+        };
+        let watch = protection(page(0)..page(1), watched());
+        let deny = protection(page(1)..page(2), denied());
+        let watch_too = protection(page(2)..page(3), watched());
+        let order = Order::Protect(vec![watch, deny, watch_too]);
+        assert_eq!(m.ask(&Demand::Pages(order)), (0, None));
+        let verdict = match policy {
+            Policy::Pause => Verdict::Pause,
+            _ => Verdict::Done,
+        };
+        let (audit, refused) = (Action::Audit, Action::Refused(policy));
+        for (at, verdict, told, lands) in [
+            (
+                DATA + 0x100,
+                Verdict::Done,
+                &[(DATA + 0x100, audit)][..],
+                16,
+            ),
+            (DATA + 0x1100, verdict, &[(DATA + 0x1100, refused)], 0),
+            // Paused by way of the other thread.
+            (
+                DATA + 0x1000 - 12,
+                Verdict::Done,
+                &[(DATA + 0x1000 - 12, audit), (DATA + 0x1000, refused)],
+                12,
+            ),
+            (
+                DATA + 0x2000 - 12,
+                verdict,
+                &[(DATA + 0x2000 - 12, refused)],
+                0,
+            ),
+        ] {
+            m.memory.write_slice(&[0x5a; 16], GuestAddress(at)).unwrap();
+            let ran = m.run(0, MOVUPS, at);
+            assert_eq!(ran, (vec![verdict], Some(End::Behind)), "{policy} {at:#x}");
+            for told in told {
+                let violation = m.violation();
+                let (target, action) = (Target::Memory(told.0), told.1);
+                assert_eq!((violation.target, violation.action), (target, action));
+                assert_eq!(violation.times, 1);
+            }
+            let mut after = [0; 16];
+            m.memory.read_slice(&mut after, GuestAddress(at)).unwrap();
+            let expected: Vec<u8> = (0..16).map(|n| if n < lands { 0 } else { 0x5a }).collect();
+            assert_eq!(after, *expected, "{policy} {at:#x}");
+            m.kvm_vm.catch_up(5);
+            assert!(matches!(m.hear(), Heard::CaughtUp(5)), "{at:#x}");
+        }
+        // What came after the events has been done when another thing is answered.
+        m.state();
+        let paused = m.door.paused.load(Ordering::SeqCst);
+        assert_eq!(paused, policy == Policy::Pause);
     }
 }

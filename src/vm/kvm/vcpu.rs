@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::exit::{Exit, MsrAccess};
 use super::unemulated::{Decoded, MAX_LEN, Registers};
 use super::vcpu_msrs::{Outcome, VcpuMsrs};
-use super::vm::{Decision, Shared};
+use super::vm::{Decision, Seen, Shared};
 use crate::protect::PAGE_SHIFT;
 use crate::vm::enforcer::{Action, Policy};
 
@@ -44,6 +44,8 @@ pub enum Verdict {
 pub struct KvmVcpu {
     shared: Arc<Shared>,
     index: u32,
+    /// What has become so far of the store that KVM is in the middle of.
+    store: Option<Seen>,
     /// It is to be given this.
     fault: Option<Fault>,
     /// It is to try the instruction again that it had begun with these registers.
@@ -56,11 +58,9 @@ pub struct KvmVcpu {
 /// A fault that a vCPU is to be given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// #GP(0) after the store that KVM is in the middle of.
-    AfterStore,
-    /// #GP(0) at the instruction, of which nothing has happened.
-    AtInstruction,
-    /// #UD there.
+    /// #GP(0).
+    Protection,
+    /// #UD.
     Undefined,
 }
 
@@ -69,6 +69,7 @@ impl KvmVcpu {
         Self {
             shared,
             index,
+            store: None,
             fault: None,
             again: None,
             msrs: VcpuMsrs::default(),
@@ -83,12 +84,13 @@ impl KvmVcpu {
     ///
     /// KVM's. The vCPU is not to be run then.
     pub fn before_run(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
+        if self.store.is_some() {
+            self.finish(vcpu)?;
+            self.store = None;
+        }
         if let Some(fault) = self.fault {
-            if fault == Fault::AfterStore {
-                self.finish(vcpu)?;
-            }
             let (vector, has_error_code) = match fault {
-                Fault::AfterStore | Fault::AtInstruction => (13, 1),
+                Fault::Protection => (13, 1),
                 Fault::Undefined => (6, 0),
             };
             let mut events = vcpu.get_vcpu_events()?;
@@ -130,7 +132,9 @@ impl KvmVcpu {
             Some(Exit::Store { gpa, data, len }) => {
                 // KVM has moved it past the store, but for a `rep` store.
                 let rip = vcpu.get_regs().ok().map(|regs| regs.rip);
-                self.shared.store(self.index, gpa, &data[..len], rip)
+                let data = &data[..len];
+                self.shared
+                    .store(self.index, gpa, data, rip, &mut self.store)
             }
             Some(Exit::Msr(access)) => self.msr(vcpu, access),
             Some(Exit::Unemulated { bytes, len, nested }) => {
@@ -143,7 +147,7 @@ impl KvmVcpu {
             Decision::NotMine => Verdict::NotMine,
             Decision::Done => Verdict::Done,
             Decision::Fault => {
-                self.fault = Some(Fault::AfterStore);
+                self.fault = Some(Fault::Protection);
                 Verdict::Done
             }
             Decision::Pause => Verdict::Pause,
@@ -220,7 +224,7 @@ impl KvmVcpu {
             if self.shared.is_denied(self.index, &stores, regs.rip) {
                 let policy = self.shared.on_violation();
                 if policy == Policy::Inject {
-                    self.fault = Some(Fault::AtInstruction);
+                    self.fault = Some(Fault::Protection);
                     return Ok(Decision::Done);
                 }
                 regs.rip = next_rip;
@@ -271,7 +275,9 @@ impl KvmVcpu {
         (bytes, len)
     }
 
-    /// Has KVM finish the instruction that `vcpu` has left KVM_RUN in.
+    /// Has KVM finish the instruction that `vcpu` has left KVM_RUN in. Of a store, KVM leaves one piece
+    /// after the other to user space: one event is made of all, or two if what is watched comes before
+    /// what is denied, and so the VM may have to be stopped as late as here.
     fn finish(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
         vcpu.set_kvm_immediate_exit(1);
         let mut finished = Err(Error::new(EIO));
@@ -286,9 +292,12 @@ impl KvmVcpu {
                     break;
                 }
                 // The next piece of the store.
-                Ok(_) => {
-                    self.after_exit(vcpu);
-                }
+                Ok(_) => match self.after_exit(vcpu) {
+                    Verdict::Pause => self.shared.stop(Policy::Pause),
+                    Verdict::Shutdown => self.shared.stop(Policy::Shutdown),
+                    // What lies behind the end of guest memory does not get its piece.
+                    Verdict::Done | Verdict::NotMine => {}
+                },
             }
         }
         vcpu.set_kvm_immediate_exit(0);

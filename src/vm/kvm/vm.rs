@@ -54,11 +54,11 @@ pub trait Vcpus: Send + Sync {
     /// Called by [`KvmVm`]'s own thread, which holds no lock.
     fn while_out(&self, work: &mut dyn FnMut());
 
-    /// A device of the VMM was denied an access, and the policy is to stop the VM. Called by
-    /// [`KvmVm`]'s own thread.
+    /// A device of the VMM was denied an access, or a vCPU a later part of one, and the policy is to
+    /// stop the VM. Called by [`KvmVm`]'s own thread.
     fn pause(&self);
 
-    /// The VM must not run on: a device was denied an access, and the policy is to end it, or KVM has
+    /// The VM must not run on: an access was denied like that, and the policy is to end it, or KVM has
     /// refused to give back a memslot that it had, so that the guest has lost memory, or what is in
     /// force is not what was said. Called by [`KvmVm`]'s own thread, perhaps more than once.
     fn shut_down(&self);
@@ -126,6 +126,15 @@ pub(super) enum Decision {
     Shutdown,
 }
 
+/// What has been told of a store, piece by piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// It is watched.
+    Watched,
+    /// It is denied, and what follows with it.
+    Denied,
+}
+
 /// Enforces protections on a VM that this process owns.
 #[derive(Debug)]
 pub struct KvmVm {
@@ -164,6 +173,8 @@ struct Inbox {
     /// There is a thread that serves tasks.
     served: bool,
     ends: bool,
+    /// A vCPU was denied an access, and the VM is to be stopped.
+    stop: Option<Policy>,
     resets_asked: u64,
     resets_done: u64,
 }
@@ -392,17 +403,20 @@ impl Shared {
         }
         drop(first);
         loop {
-            let (violations, task) = {
+            let ((violations, task), stop) = {
                 let mut inbox = self
                     .filled
                     .wait_while(self.inbox(), |inbox| {
-                        inbox.tasks.is_empty() && inbox.violations.is_empty() && !inbox.ends
+                        inbox.tasks.is_empty()
+                            && inbox.violations.is_empty()
+                            && inbox.stop.is_none()
+                            && !inbox.ends
                     })
                     .unwrap_or_else(PoisonError::into_inner);
                 if inbox.ends {
                     return;
                 }
-                inbox.next()
+                (inbox.next(), inbox.stop.take())
             };
             let Some(events) = events.upgrade() else {
                 return;
@@ -415,6 +429,11 @@ impl Shared {
                     (Source::Device, Action::Refused(Policy::Shutdown)) => vcpus.shut_down(),
                     _ => {}
                 }
+            }
+            match stop {
+                Some(Policy::Pause) => vcpus.pause(),
+                Some(Policy::Shutdown) => vcpus.shut_down(),
+                _ => {}
             }
             if let Some(task) = task {
                 self.serve(task, &*events, vcpus);
@@ -692,7 +711,18 @@ impl Shared {
         });
     }
 
-    pub(super) fn store(&self, vcpu: u32, gpa: u64, data: &[u8], rip: Option<u64>) -> Decision {
+    /// A piece of a store of which `seen` has been told.
+    pub(super) fn store(
+        &self,
+        vcpu: u32,
+        gpa: u64,
+        data: &[u8],
+        rip: Option<u64>,
+        seen: &mut Option<Seen>,
+    ) -> Decision {
+        if *seen == Some(Seen::Denied) {
+            return Decision::Done;
+        }
         let memory = self.memslots.memory();
         if data.is_empty()
             || !GuestMemoryBackend::check_range(memory, GuestAddress(gpa), data.len())
@@ -711,7 +741,8 @@ impl Shared {
         }
         drop(state);
         let policy = self.options.on_violation;
-        if denied || held.audit().contains(Deny::NOWRITE) {
+        if denied || held.audit().contains(Deny::NOWRITE) && seen.is_none() {
+            *seen = Some(if denied { Seen::Denied } else { Seen::Watched });
             let mut value = [0; 8];
             let size = data.len().min(8);
             value[..size].copy_from_slice(&data[..size]);
@@ -777,6 +808,12 @@ impl Shared {
                 Action::Audit
             },
         }
+    }
+
+    /// Has the VM stopped by a policy, when it is too late for a vCPU to say so.
+    pub(super) fn stop(&self, policy: Policy) {
+        self.inbox().stop = Some(policy);
+        self.filled.notify_one();
     }
 }
 
