@@ -190,7 +190,7 @@ fn run(cli: &Cli) -> Result<End, Box<dyn Error>> {
     let end = ended.recv()?;
     door.close();
     // What was in force ends with the VM. Violations that were seen have been told when this returns.
-    kvm_vm.reset();
+    kvm_vm.reset()?;
     let counted = device.snapshot().counters;
     info!(
         "requests: {} carried out, {} refused; violations: {}",

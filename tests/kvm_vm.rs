@@ -11,8 +11,10 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use vhost_guard::protect::msr::{
     self, Access as MsrAccess, Action as MsrAction, HostRule, MsrRange, Policy as MsrPolicy, Rule,
     Unlisted,
@@ -22,8 +24,12 @@ use vhost_guard::vm::enforcer::{
     Access, Action, Enforcer, HostPolicyOutcome, InForce, MsrInfo, Outcome, Policy, Source, Target,
     Unexpected, Violation, VmEvents, VmInfo,
 };
-use vhost_guard::vm::kvm::{KvmVcpu, KvmVm, MsrPolicyError, NewError, Options, Vcpus, Verdict};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vhost_guard::vm::kvm::{
+    KvmVcpu, KvmVm, MsrPolicyError, NewError, NotReset, Options, StartError, Vcpus, Verdict,
+};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, Permissions,
+};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 const RAM: u64 = 16 << 20;
@@ -68,6 +74,7 @@ struct Ear(Mutex<Sender<Heard>>);
 
 impl Ear {
     fn hear(&self, heard: Heard) {
+        assert!(!matches!(heard, Heard::CaughtUp(u64::MAX)), "a bug");
         let _ = self.0.lock().unwrap().send(heard);
     }
 }
@@ -162,6 +169,7 @@ impl Vcpus for Door {
 
 struct Machine {
     kvm_vm: Arc<KvmVm>,
+    vm: Arc<VmFd>,
     memory: Arc<GuestMemoryMmap>,
     vcpu: Option<(VcpuFd, KvmVcpu)>,
     /// Number 1.
@@ -211,13 +219,9 @@ fn lock(pages: Range<u64>) -> Demand {
 
 impl Machine {
     fn new(on_violation: Policy) -> Option<Self> {
-        Self::with_slots(on_violation, 0..200)
-    }
-
-    fn with_slots(on_violation: Policy, slots: Range<u16>) -> Option<Self> {
         Self::with(Options {
             on_violation,
-            ..Options::new(slots)
+            ..Options::new(0..200)
         })
     }
 
@@ -257,6 +261,7 @@ impl Machine {
             vcpu: Some((vcpu, kvm_vm.vcpu(0))),
             other: Some((other, kvm_vm.vcpu(1))),
             kvm_vm: Arc::new(kvm_vm),
+            vm,
             memory,
             door,
             heard,
@@ -279,6 +284,22 @@ impl Machine {
             assert!(matches!(machine.hear(), Heard::HostPolicy(told) if told == outcome));
         }
         Some(machine)
+    }
+
+    /// Takes a memslot's number, for memory behind the guest's.
+    #[allow(unsafe_code)]
+    fn take_slot(&self, slot: u32) {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 8192)]).unwrap();
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: RAM,
+            memory_size: 8192,
+            userspace_addr: memory.get_host_address(GuestAddress(0)).unwrap() as u64,
+        };
+        // SAFETY: no part of this program has a reference into that memory, and it is never freed.
+        unsafe { self.vm.set_user_memory_region(region) }.unwrap();
+        std::mem::forget(memory);
     }
 
     fn hear(&mut self) -> Heard {
@@ -765,10 +786,11 @@ fn what_is_refused_changes_nothing() {
 #[test]
 fn what_kvm_refuses_half_way_is_taken_back() {
     const EIO: u32 = 5;
-    // KVM has slots up to number 32763, so it takes the first of three and then no other.
-    let Some(mut m) = Machine::with_slots(Policy::Drop, 32763..32800) else {
+    let Some(mut m) = Machine::new(Policy::Drop) else {
         return;
     };
+    // Somebody has taken one of its numbers, for another memory.
+    m.take_slot(2);
     for value in 1..4 {
         assert_eq!(m.ask(&lock(page(0)..page(1))), (EIO, None));
         assert_eq!(m.store(DATA, value), (vec![], CODE + 3));
@@ -779,15 +801,57 @@ fn what_kvm_refuses_half_way_is_taken_back() {
 }
 
 #[test]
+fn a_bug_in_what_is_told_ends_the_vm() {
+    let Some(mut m) = Machine::new(Policy::Drop) else {
+        return;
+    };
+    assert_eq!(m.ask(&lock(page(0)..page(1))), (0, None));
+    m.kvm_vm.catch_up(u64::MAX);
+    assert_eq!(m.kvm_vm.reset(), Err(NotReset));
+    assert!(m.door.shut_down.load(Ordering::SeqCst));
+    // Nothing is loosened by it.
+    assert_eq!(m.store(DATA, 1).0, [Verdict::Shutdown]);
+    assert_eq!(m.byte(DATA), 0);
+}
+
+#[test]
+fn it_starts_once_and_offers_what_there_are_slots_for() {
+    let Some(kvm) = kvm() else {
+        return;
+    };
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+    let memory = Arc::new(memory);
+    let new = |slots| {
+        let options = Options::new(slots);
+        KvmVm::new(Arc::clone(&vm), Arc::clone(&memory), options)
+    };
+    let limit = vm.check_extension_int(Cap::NrMemslots) as u16;
+    assert!(matches!(
+        new(0..limit + 1),
+        Err(NewError::SlotNumbers { end, limit: l }) if end == limit + 1 && l == limit
+    ));
+    let kvm_vm = new(limit - 10..limit).unwrap();
+    let (tell, heard) = channel();
+    let ear: Arc<dyn VmEvents> = Arc::new(Ear(Mutex::new(tell)));
+    let start = || kvm_vm.start(Arc::downgrade(&ear), Arc::new(Door::default()));
+    start().unwrap();
+    assert!(matches!(start(), Err(StartError::Again)));
+    // Of ten slots, one is all of memory's, and each range takes two more.
+    let first = heard.recv_timeout(DEADLINE).unwrap();
+    assert!(matches!(first, Heard::Connected(info) if info.max_ranges == 4));
+}
+
+#[test]
 fn a_reset_without_anybody_who_could_ask_waits_for_nobody() {
     let Some(mut m) = Machine::new(Policy::Drop) else {
         return;
     };
     assert_eq!(m.ask(&lock(page(0)..page(1))), (0, None));
     m.ear = Arc::new(Ear(Mutex::new(channel().0)));
-    // Its thread ends at the next task: this one, or one before it.
-    m.kvm_vm.reset();
-    m.kvm_vm.reset();
+    // Its thread ends at the next task: this one, or one before it. What is locked stays so.
+    assert_eq!(m.kvm_vm.reset(), Err(NotReset));
+    assert_eq!(m.kvm_vm.reset(), Err(NotReset));
 }
 
 #[test]
@@ -797,7 +861,7 @@ fn a_reset_frees_everything_and_begins_another_generation() {
     };
     assert_eq!(m.ask(&lock(page(0)..page(3))), (0, None));
     assert_eq!(m.ask(&Demand::Seal), (0, None));
-    m.kvm_vm.reset();
+    m.kvm_vm.reset().unwrap();
     assert_eq!(m.store(DATA, 9), (vec![], CODE + 3));
     assert!(matches!(m.hear(), Heard::Reset(2)));
     assert_eq!(m.state(), InForce::default());
@@ -884,7 +948,7 @@ fn a_vcpu_that_stores_all_the_time_is_stopped_by_an_ok() {
             refused.load(Ordering::SeqCst) > count + 3
         });
         assert_eq!(m.byte(DATA), held, "round {round}");
-        m.kvm_vm.reset();
+        m.kvm_vm.reset().unwrap();
     }
     ends.store(true, Ordering::SeqCst);
     let is_finished = || m.door.kick.lock().unwrap().as_ref().unwrap().is_finished();
@@ -1291,7 +1355,7 @@ fn a_reset_ends_the_guests_rules_and_has_the_hosts_pins_kept_anew() {
     assert_eq!(m.ask(&Demand::Seal), (0, None));
 
     m.set_msr(0, LSTAR, 0x2000);
-    m.kvm_vm.reset();
+    m.kvm_vm.reset().unwrap();
     let state = m.state();
     assert_eq!(state.msrs, msr::Table::default());
     assert_eq!(state.host, Some(host(&host_rules)));
@@ -1343,7 +1407,7 @@ fn the_hosts_rules_hold_from_the_start_and_with_the_guests() {
     );
     assert_eq!(m.write(0, LSTAR, 0x1000), (ONE.to_vec(), None));
     assert_eq!(m.read(0, REVISION), (ONE.to_vec(), None));
-    m.kvm_vm.reset();
+    m.kvm_vm.reset().unwrap();
     assert_eq!(m.read(0, REVISION), (ONE.to_vec(), Some(value)));
 }
 

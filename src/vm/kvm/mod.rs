@@ -20,4 +20,4 @@ mod vm;
 pub use memory::DeviceMemory;
 pub use msrs::MsrPolicyError;
 pub use vcpu::{KvmVcpu, Verdict};
-pub use vm::{KvmVm, NewError, Options, Vcpus};
+pub use vm::{KvmVm, NewError, NotReset, Options, StartError, Vcpus};

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_regs, kvm_sregs};
-use kvm_ioctls::{Error, VcpuFd};
+use kvm_ioctls::{Error, SyncReg, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::exit::{Exit, MsrAccess};
@@ -26,8 +26,9 @@ const PAGE: u64 = 1 << PAGE_SHIFT;
 /// Pieces that KVM may cut the rest of one store into: those of 64 bytes, and half of it twice.
 const MAX_PIECES: usize = 16;
 
-/// What a vCPU's thread does after an exit.
+/// What a vCPU's thread does after an exit. There will be no other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
 pub enum Verdict {
     /// It is not about anything protected: the VMM's own devices may know it.
     NotMine,
@@ -111,6 +112,9 @@ impl KvmVcpu {
         }
         self.msrs.catch_up(&self.shared.msrs, vcpu);
         self.slots_epoch = self.shared.slots_epoch();
+        if self.shared.syncs_registers {
+            vcpu.set_sync_valid_reg(SyncReg::Register);
+        }
         Ok(())
     }
 
@@ -131,7 +135,11 @@ impl KvmVcpu {
         let decision = match Exit::of(vcpu.get_kvm_run()) {
             Some(Exit::Store { gpa, data, len }) => {
                 // KVM has moved it past the store, but for a `rep` store.
-                let rip = vcpu.get_regs().ok().map(|regs| regs.rip);
+                let rip = if self.shared.syncs_registers {
+                    Some(vcpu.sync_regs().regs.rip)
+                } else {
+                    vcpu.get_regs().ok().map(|regs| regs.rip)
+                };
                 let data = &data[..len];
                 self.shared
                     .store(self.index, gpa, data, rip, &mut self.store)

@@ -8,8 +8,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::io;
 use std::mem;
 use std::ops::Range;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -64,14 +66,15 @@ pub trait Vcpus: Send + Sync {
     fn shut_down(&self);
 }
 
-/// What an embedder chooses.
-#[derive(Clone, Debug)]
+/// What an embedder chooses. More may be added: begin with [`Options::new`].
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// What becomes of a denied access, as far as the access allows it (`docs/device.md`).
     pub on_violation: Policy,
-    /// Most disjoint ranges in force at once.
+    /// Most disjoint ranges in force at once. Guests are told of fewer if there are too few `slots`.
     pub max_ranges: u32,
-    /// Numbers of memslots that nobody else uses; the end is at most `KVM_CAP_NR_MEMSLOTS`.
+    /// Numbers of memslots that nobody else uses, the end exclusive and at most KVM_CAP_NR_MEMSLOTS. One
+    /// is taken for each region of guest memory, and up to two for each range in force.
     pub slots: Range<u16>,
     /// The host's rules for MSRs, in force from the start for as long as there is the VM.
     pub msr_policy: Option<MsrPolicy>,
@@ -79,6 +82,7 @@ pub struct Options {
 
 impl Options {
     /// A denied access is a fault, there is room for 4096 ranges, and the host has no rules for MSRs.
+    #[must_use]
     pub fn new(slots: Range<u16>) -> Self {
         Self {
             on_violation: Policy::Inject,
@@ -91,12 +95,13 @@ impl Options {
 
 /// Why there is no [`KvmVm`].
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum NewError {
     /// This KVM has no read-only memslots.
     #[error("this KVM has no read-only memslots (KVM_CAP_READONLY_MEM)")]
     NoReadOnly,
     /// The VM's RAM cannot be put into memslots.
-    #[error("guest memory cannot be put into memslots: {0}")]
+    #[error("guest memory cannot be put into memslots")]
     Regions(#[from] RegionsError),
     /// KVM refuses a memslot.
     #[error("KVM refuses the memslot at {gpa:#x}")]
@@ -108,9 +113,34 @@ pub enum NewError {
         source: kvm_ioctls::Error,
     },
     /// The host's rules for MSRs cannot be enforced.
-    #[error("the host's rules for MSRs cannot be enforced: {0}")]
+    #[error("the host's rules for MSRs cannot be enforced")]
     MsrPolicy(#[from] MsrPolicyError),
+    /// KVM has no memslots of such numbers.
+    #[error("memslot numbers end at {end}, and this KVM's at {limit} (KVM_CAP_NR_MEMSLOTS)")]
+    SlotNumbers {
+        /// The end of [`Options::slots`].
+        end: u16,
+        /// One more than KVM's last number.
+        limit: u16,
+    },
 }
+
+/// Why a [`KvmVm`] does not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// It was started before.
+    #[error("it was started before")]
+    Again,
+    /// There is no thread to be had.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+}
+
+/// What was locked is locked still, so the VM must not begin anew: end it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("what the guest has locked cannot be freed; the VM is to be ended")]
+pub struct NotReset;
 
 /// What becomes of an access of a vCPU.
 pub(super) enum Decision {
@@ -144,6 +174,8 @@ pub struct KvmVm {
 pub(super) struct Shared {
     memslots: Memslots,
     options: Options,
+    /// KVM_RUN can leave a vCPU's registers where no ioctl is needed for them.
+    pub(super) syncs_registers: bool,
     gate: Gate,
     pub(super) msrs: Msrs,
     /// Changes when memslots do, while all vCPUs are out.
@@ -170,6 +202,7 @@ struct State {
 struct Inbox {
     tasks: VecDeque<Task>,
     violations: Violations,
+    started: bool,
     /// There is a thread that serves tasks.
     served: bool,
     ends: bool,
@@ -228,6 +261,14 @@ impl KvmVm {
         if !vm.check_extension(Cap::ReadonlyMem) {
             return Err(NewError::NoReadOnly);
         }
+        // As user space counts them: those above are KVM's own.
+        let limit = vm.check_extension_int(Cap::NrMemslots);
+        let limit = u16::try_from(limit).unwrap_or(u16::MAX);
+        let end = options.slots.end;
+        if end > limit {
+            return Err(NewError::SlotNumbers { end, limit });
+        }
+        let syncs_registers = vm.check_extension(Cap::SyncRegs);
         let memslots = Memslots::new(Arc::clone(&vm), memory);
         let slots = Slots::new(&memslots.regions(), options.slots.clone())?;
         for (made, slot) in slots.iter().enumerate() {
@@ -250,6 +291,7 @@ impl KvmVm {
             shared: Arc::new(Shared {
                 memslots,
                 options,
+                syncs_registers,
                 gate: Gate::default(),
                 msrs,
                 slots_epoch: AtomicU64::new(0),
@@ -261,57 +303,84 @@ impl KvmVm {
         })
     }
 
-    /// Begins to carry out what is asked for, and to tell `events`. To be called once.
+    /// Begins to carry out what is asked for, and to tell `events`, by a thread of its own, which ends
+    /// when this is dropped or nobody else holds `events`. If something panics there, the VM is shut
+    /// down ([`Vcpus::shut_down`]).
     ///
     /// # Errors
     ///
-    /// There is no thread to be had.
-    pub fn start(&self, events: Weak<dyn VmEvents>, vcpus: Arc<dyn Vcpus>) -> std::io::Result<()> {
+    /// [`StartError`].
+    pub fn start(
+        &self,
+        events: Weak<dyn VmEvents>,
+        vcpus: Arc<dyn Vcpus>,
+    ) -> Result<(), StartError> {
+        let mut inbox = self.shared.inbox();
+        if mem::replace(&mut inbox.started, true) {
+            return Err(StartError::Again);
+        }
+        inbox.served = true;
+        drop(inbox);
         let shared = Arc::clone(&self.shared);
-        self.shared.inbox().served = true;
         let serving = Serving(Arc::clone(&shared));
         let run = move || {
             // However it ends, nobody waits for it then.
             let _serving = serving;
-            shared.run(&events, &*vcpus);
+            let run = || shared.run(&events, &*vcpus);
+            if panic::catch_unwind(AssertUnwindSafe(run)).is_err() {
+                log_limited!(
+                    FAILED,
+                    Error,
+                    "kvm-guard panicked (please report it, with the log); the VM is given up"
+                );
+                shared.state().broken = true;
+                vcpus.shut_down();
+            }
         };
-        thread::Builder::new().name("kvm-guard".into()).spawn(run)?;
+        thread::Builder::new()
+            .name("kvm-guard".into())
+            .spawn(run)
+            .map_err(StartError::Thread)?;
         Ok(())
     }
 
-    /// The VM is being reset: nothing that the guest asked for is in force when this returns, unless
-    /// [`Vcpus::shut_down`] was called. The vCPUs may stand still already. Not to be called from
-    /// [`Vcpus`].
+    /// The VM is being reset: nothing that the guest asked for is in force when this returns. The vCPUs
+    /// may stand still already. Not to be called from [`Vcpus`].
     ///
     /// Of MSRs that the host's rules pin, a vCPU keeps anew what they hold when it runs next: give it
     /// the values of power-on before that.
-    pub fn reset(&self) {
+    ///
+    /// # Errors
+    ///
+    /// [`NotReset`].
+    pub fn reset(&self) -> Result<(), NotReset> {
         let mut inbox = self.shared.inbox();
-        if !inbox.served {
-            // Nothing was asked for, or whoever could ask is gone.
-            return;
-        }
         inbox.resets_asked += 1;
         let this = inbox.resets_asked;
         inbox.tasks.push_back(Task::Reset);
         self.shared.filled.notify_one();
         let done = |inbox: &mut Inbox| inbox.served && inbox.resets_done < this;
-        drop(
-            self.shared
-                .reset
-                .wait_while(inbox, done)
-                .unwrap_or_else(PoisonError::into_inner),
-        );
+        let waited = self.shared.reset.wait_while(inbox, done);
+        let was_done = waited.unwrap_or_else(PoisonError::into_inner).resets_done >= this;
+        let state = self.shared.state();
+        // Where nobody serves, nothing may have been asked for.
+        let nothing = state.pages.is_empty() && self.shared.msrs.table().is_empty();
+        if state.broken || !(was_done || nothing) {
+            return Err(NotReset);
+        }
+        Ok(())
     }
 
     /// Guest memory for a device of the VMM that is about to do something on the guest's behalf.
     /// Everything that is written for a guest has to go through here, or a lock does not hold
     /// against it. Waits while a change is put in force.
+    #[must_use]
     pub fn device_memory(&self) -> DeviceMemory<'_> {
         DeviceMemory::new(&self.shared, &self.shared.gate)
     }
 
     /// The vCPU with this number, for the thread that runs it. To be called once for each.
+    #[must_use]
     pub fn vcpu(&self, index: u32) -> KvmVcpu {
         KvmVcpu::new(Arc::clone(&self.shared), index)
     }
@@ -362,13 +431,16 @@ impl Enforcer for KvmVm {
 }
 
 impl fmt::Debug for Shared {
+    /// Waits for no lock, so that it may be shown from anywhere.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = self.state();
-        f.debug_struct("Shared")
-            .field("generation", &state.generation)
-            .field("ranges", &state.pages.len())
-            .field("broken", &state.broken)
-            .finish_non_exhaustive()
+        let mut shown = f.debug_struct("Shared");
+        if let Ok(state) = self.state.try_lock() {
+            shown
+                .field("generation", &state.generation)
+                .field("ranges", &state.pages.len())
+                .field("broken", &state.broken);
+        }
+        shown.finish_non_exhaustive()
     }
 }
 
@@ -441,6 +513,14 @@ impl Shared {
         }
     }
 
+    /// Most disjoint ranges in force at once, for which there are slots whatever they are.
+    fn max_ranges(&self) -> u32 {
+        let regions = self.memslots.memory().num_regions();
+        let spare = self.options.slots.len().saturating_sub(regions);
+        let max = u32::try_from(spare / 2).unwrap_or(u32::MAX);
+        self.options.max_ranges.min(max)
+    }
+
     fn info(&self) -> VmInfo {
         VmInfo {
             accelerator: Accelerator::Kvm,
@@ -448,7 +528,7 @@ impl Shared {
             audit: Deny::NOWRITE,
             policy: self.options.on_violation,
             generation: self.state().generation,
-            max_ranges: self.options.max_ranges,
+            max_ranges: self.max_ranges(),
             max_request_ranges: MAX_REQUEST_RANGES,
             msrs: self.msrs.info(),
         }
@@ -529,7 +609,7 @@ impl Shared {
                 return self.msrs.carry_out(order, vcpus);
             }
         };
-        if state.pages.len_after(&change) > self.options.max_ranges as usize {
+        if state.pages.len_after(&change) > self.max_ranges() as usize {
             return Err((ENOSPC, None));
         }
         let frames: Vec<_> = change.protections().map(frames_of).collect();
@@ -654,8 +734,14 @@ impl Shared {
     }
 
     fn report(&self, violation: Violation) {
-        self.inbox().violations.push(violation);
-        self.filled.notify_one();
+        let mut inbox = self.inbox();
+        // Whoever is told of the first takes all.
+        let is_first = inbox.violations.is_empty();
+        inbox.violations.push(violation);
+        drop(inbox);
+        if is_first {
+            self.filled.notify_one();
+        }
     }
 
     pub(super) fn slots_epoch(&self) -> u64 {
