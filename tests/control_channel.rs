@@ -9,6 +9,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
+use common::guest::query_request;
 use common::vm_guard::{
     HELLO, RESET, RESULT, STATE, VIOLATION, hello_payload, message, state_payload, states,
 };
@@ -338,6 +339,7 @@ fn a_reset_answers_estale_to_all_that_wait_and_clears_the_table() {
 
     // The answer to the stale request still comes, and is nobody's.
     s.vm_guard.result(stale.seq, ESTALE, NO_INDEX);
+    s.start_anew(0);
     s.assert_works();
     assert_eq!(s.front_end.config().ranges_in_force(), 1);
     // The event that waited was of the life before.
@@ -347,6 +349,29 @@ fn a_reset_answers_estale_to_all_that_wait_and_clears_the_table() {
         .send(VIOLATION, 0, &vm_guard::violation_payload(7, 0x9000, 1, 0));
     s.guest.used(1);
     assert_eq!(s.guest.read::<u32>(0x30004), 7);
+}
+
+#[test]
+fn what_is_in_a_ring_when_the_vm_is_reset_is_of_the_life_before() {
+    let mut s = Setup::walks();
+    s.assert_works();
+    // The guest had no time left to tell of it.
+    let head = s.guest.lock(&[(7, 7, NOWRITE)]);
+    s.vm_guard.reset();
+    assert_eq!(s.guest.response(head), refused(ESTALE, NO_INDEX));
+    // Nor does it help to tell of it late: QEMU is about to stop the queues.
+    let order = s.guest.lock(&[(9, 9, NOWRITE)]);
+    let query = s.guest.request(&query_request(0, TOP));
+    s.front_end.kick(0);
+    for head in [order, query] {
+        assert_eq!(s.guest.response(head), refused(ESTALE, NO_INDEX));
+    }
+    let walk = s.ask_walk(&kernel::KernelRequest::new(&[(0, 0, NOWRITE)]), 0);
+    assert_eq!(walk, kernel::Answer::nothing_but(ESTALE, NO_INDEX));
+    s.vm_guard.assert_silent();
+    assert_eq!(s.front_end.config().ranges_in_force(), 0);
+    s.start_anew(0);
+    s.assert_works();
 }
 
 #[test]

@@ -438,6 +438,12 @@ fn a_reset_of_the_vm_answers_estale_and_ends_what_was_locked() {
     vm.owner.settle();
     assert_eq!(vm.in_force(), 0);
     assert_eq!(vm.read(24, 8), 2u64.to_le_bytes());
+    // What is in a queue now is of the life before, until the driver sets it up anew.
+    let late = vm.guest.lock(&[(3, 3, NOWRITE)]);
+    vm.kick(0);
+    assert_eq!(vm.guest.response(late), refused(ESTALE, NO_INDEX));
+    let next = vm.guard.stop_queue(0).unwrap();
+    vm.start(0, next);
     vm.assert_works();
 }
 

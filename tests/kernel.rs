@@ -703,6 +703,8 @@ fn a_system_reset_answers_estale_to_what_waits() {
         assert_eq!(answer, Answer::nothing_but(ESTALE, NO_INDEX));
     }
     s.vm_guard.result(stale.seq, 0, NO_INDEX);
+    s.start_anew(0);
+    s.start_anew(2);
     let head = s.walk(&all(), 0);
     let protect = s.vm_guard.protect();
     assert_eq!(protect.generation, 2);

@@ -128,6 +128,7 @@ fn random_requests_are_answered_as_page_by_page() {
                 wait_for("the reset", || {
                     (s.front_end.config().generation() == generation).then_some(())
                 });
+                s.start_anew(0);
                 pages = Pages::default();
                 continue;
             }

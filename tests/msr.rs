@@ -363,6 +363,7 @@ fn a_seal_is_for_pages_and_msrs_and_a_reset_frees_both_but_not_the_hosts() {
     s.vm_guard.reset();
     assert_eq!(s.guest.response(head), refused(ESTALE, NO_INDEX));
     s.vm_guard.result(stale, ESTALE, NO_INDEX);
+    s.start_anew(0);
     assert_eq!(s.msr_rules(), []);
     assert_eq!(s.front_end.config().msr_ranges_in_force(), 0);
     s.msr_order(&request(MSR_PROTECT, &[free, mutable]), 1);

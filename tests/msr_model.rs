@@ -194,6 +194,7 @@ fn random_requests_are_answered_as_msr_by_msr() {
                 wait_for("the reset", || {
                     (s.front_end.config().generation() == generation).then_some(())
                 });
+                s.start_anew(0);
                 msrs = Msrs::default();
                 continue;
             }

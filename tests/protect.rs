@@ -352,6 +352,7 @@ fn a_reset_answers_estale_to_what_waits_and_frees_what_was_sealed() {
     }
     // Even a RESULT that says otherwise does not bring the table of before back.
     s.vm_guard.result(stale.seq, 0, NO_INDEX);
+    s.start_anew(0);
     s.carry_out(PROTECT, &[(1, 1, AUDIT_NOWRITE)], 1);
     assert_eq!(s.holds(), [(1, 1, AUDIT_NOWRITE)]);
 }

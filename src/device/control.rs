@@ -29,6 +29,8 @@ pub(super) struct Known<'a> {
     pub(super) limits: Limits,
     /// The tables are known to be what is in force, and nothing is about to change them.
     pub(super) settled: bool,
+    /// They are of a life of the VM that has ended.
+    pub(super) over: bool,
     /// The guest's rules for MSRs.
     pub(super) msrs: &'a msr::Table,
 }
@@ -89,7 +91,9 @@ impl Requests {
     }
 
     fn take(&mut self, turn: &mut Turn<'_>, popped: Popped<'_>, known: Known<'_>) {
-        let Known { lane, limits, .. } = known;
+        let Known {
+            lane, limits, over, ..
+        } = known;
         let Popped {
             position,
             head,
@@ -101,7 +105,14 @@ impl Requests {
                 let request = chain
                     .copy(turn.guest())
                     .map_err(Refusal::from)
-                    .and_then(|bytes| wire::parse_request(lane, &bytes, chain.total(), limits));
+                    .and_then(|bytes| wire::parse_request(lane, &bytes, chain.total(), limits))
+                    .and_then(|request| {
+                        if over {
+                            Err(Errno::Estale.into())
+                        } else {
+                            Ok(request)
+                        }
+                    });
                 let answer = chain.answer;
                 match request {
                     Ok(request) => State::Asked { answer, request },
@@ -344,6 +355,7 @@ mod tests {
                 lane: Lane::Control,
                 limits: LIMITS,
                 settled: true,
+                over: false,
                 msrs: &msr::Table::default(),
             };
             requests.serve(&mut Turn::new(&mut self.queue, &guest), known)

@@ -148,6 +148,9 @@ enum Start {
     Listening(u64),
     /// That is over: requests can be taken.
     Done,
+    /// The VM was reset since: whatever is in the ring was put there before, until the ring is
+    /// started anew.
+    Over,
 }
 
 #[derive(Debug)]
@@ -493,7 +496,18 @@ impl State {
             self.lane(lane).start = Start::Listening(seq);
             enforcer.catch_up(seq);
         }
-        self.lane(lane).start == Start::Done
+        matches!(self.lane(lane).start, Start::Done | Start::Over)
+    }
+
+    /// The VM's owner has told of a reset. It does so before it stops a ring of the life that has
+    /// ended, and before it answers the wait of a ring that has started since.
+    fn end_rings(&mut self) {
+        for lane in Lane::ALL {
+            let start = &mut self.lane(lane).start;
+            if *start == Start::Done {
+                *start = Start::Over;
+            }
+        }
     }
 
     /// What the VM's owner said before wait number `seq` is heard.
@@ -517,6 +531,7 @@ impl State {
             lane,
             limits,
             settled,
+            over: self.lane(lane).start == Start::Over,
             msrs: self.in_force.msrs(),
         };
         let requests = match lane {

@@ -197,6 +197,7 @@ impl VmEvents for Device {
         );
         let mut state = self.lock();
         state.begin_generation(generation);
+        state.end_rings();
         self.serve_requests(&mut state);
     }
 

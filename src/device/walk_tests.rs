@@ -460,6 +460,8 @@ fn a_system_reset_answers_estale_at_once_and_the_late_walk_to_nobody() {
         assert_eq!(s.read::<u32>(s.request_at(WALK, walk) + 0x800), ESTALE);
     }
     s.gate.open(1);
+    s.stop(WALK);
+    s.start(WALK);
     // In the new life, all is constant.
     for n in 4..8 {
         s.write((LEAVES << 12) + 8 * n, (0x300 + n) << 12 | P | NX);

@@ -124,6 +124,12 @@ impl Setup {
         setup
     }
 
+    /// The guest stops a queue and starts it again, as all do after a reset of the VM.
+    pub fn start_anew(&mut self, queue: usize) {
+        let base = self.front_end.stop(queue);
+        self.front_end.start(queue, &self.guest, base);
+    }
+
     /// Makes a request of queue 2 with room for so many ranges, and kicks. Returns the head.
     pub fn walk(&mut self, request: &kernel::KernelRequest, told: u32) -> u16 {
         let head = self.guest.walk_request(&request.bytes(), 120 + 24 * told);
