@@ -855,6 +855,48 @@ fn a_reset_without_anybody_who_could_ask_waits_for_nobody() {
 }
 
 #[test]
+fn what_a_vcpu_had_begun_before_a_reset_has_no_effect() {
+    let Some(mut m) = Machine::new(Policy::Inject) else {
+        return;
+    };
+    assert_eq!(m.ask(&lock(page(0)..page(1))), (0, None));
+    let (mut vcpu, mut guarded) = m.vcpu.take().unwrap();
+    // Refused, and dealt with: it would get a #GP.
+    start(&vcpu, DATA, 1);
+    guarded.before_run(&mut vcpu).unwrap();
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::MmioWrite(..))));
+    assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
+    m.kvm_vm.reset().unwrap();
+    guarded.settle(&mut vcpu).unwrap();
+    start(&vcpu, DATA + 8, 2);
+    guarded.before_run(&mut vcpu).unwrap();
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::Hlt)));
+    assert_eq!(vcpu.get_regs().unwrap().rip, CODE + 3);
+    assert_eq!((m.byte(DATA), m.byte(DATA + 8)), (0, 2));
+    // Refused, and not dealt with yet: the page is free now, but not for that.
+    assert_eq!(m.ask_in(2, &lock(page(0)..page(1))), (0, None));
+    start(&vcpu, DATA + 16, 3);
+    guarded.before_run(&mut vcpu).unwrap();
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::MmioWrite(..))));
+    m.kvm_vm.reset().unwrap();
+    assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
+    guarded.settle(&mut vcpu).unwrap();
+    assert_eq!(m.byte(DATA + 16), 0);
+    // An access to an MSR as well, which was logged and let through.
+    let log = one(CSTAR, MsrAccess::WRITE, MsrAction::Log);
+    assert_eq!(m.ask_in(3, &lock_msrs(&[log])), (0, None));
+    begin_access(&vcpu, CSTAR, Some(7));
+    guarded.before_run(&mut vcpu).unwrap();
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::X86Wrmsr(_))));
+    m.kvm_vm.reset().unwrap();
+    assert_eq!(guarded.after_exit(&mut vcpu), Verdict::Done);
+    guarded.settle(&mut vcpu).unwrap();
+    m.vcpu = Some((vcpu, guarded));
+    assert_eq!(m.msr(0, CSTAR), 0);
+    assert_eq!(m.write(0, CSTAR, 7), (vec![], Some(7)));
+}
+
+#[test]
 fn a_reset_frees_everything_and_begins_another_generation() {
     let Some(mut m) = Machine::new(Policy::Drop) else {
         return;

@@ -53,6 +53,11 @@ impl Memslots {
             .collect()
     }
 
+    /// This process keeps the memory for good: slots of it may stay.
+    pub(super) fn keep_memory(&self) {
+        mem::forget(Arc::clone(&self.memory));
+    }
+
     /// Deletes these slots, which are all that there are: the memory may go then. If KVM keeps one, this
     /// process keeps the memory for good.
     pub(super) fn let_go(&self, slots: impl Iterator<Item = Slot>) {
@@ -63,7 +68,7 @@ impl Memslots {
                     Error,
                     "KVM keeps a memslot, and so guest memory stays: {error}"
                 );
-                mem::forget(Arc::clone(&self.memory));
+                self.keep_memory();
             }
         }
     }

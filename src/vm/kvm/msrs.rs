@@ -207,6 +207,10 @@ impl Msrs {
         let nothing = in_force.rules.table().is_empty() && in_force.decisions.pins() == 0;
         drop(in_force);
         if nothing {
+            let mut in_force = self.change();
+            in_force.resets += 1;
+            in_force.epoch += 1;
+            self.epoch.store(in_force.epoch, Ordering::Release);
             return Ok(());
         }
         self.put_in_force(planned, true, vcpus)

@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_regs, kvm_sregs};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_PAYLOAD, kvm_cpuid_entry2, kvm_regs, kvm_sregs,
+};
 use kvm_ioctls::{Error, SyncReg, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -54,6 +56,8 @@ pub struct KvmVcpu {
     msrs: VcpuMsrs,
     /// [`Shared::slots_epoch`] when it ran last.
     slots_epoch: u64,
+    /// [`Shared::life`] when it ran last.
+    life: u64,
 }
 
 /// A fault that a vCPU is to be given.
@@ -67,6 +71,7 @@ enum Fault {
 
 impl KvmVcpu {
     pub(super) fn new(shared: Arc<Shared>, index: u32) -> Self {
+        let life = shared.life();
         Self {
             shared,
             index,
@@ -75,6 +80,31 @@ impl KvmVcpu {
             again: None,
             msrs: VcpuMsrs::default(),
             slots_epoch: 0,
+            life,
+        }
+    }
+
+    /// Has KVM finish what `vcpu` has left KVM_RUN in, without effect, and forgets what it was to be
+    /// given. To be called with [`KvmVm::reset`](super::KvmVm::reset), before the VMM sets a vCPU's
+    /// state anew: KVM finishes a store in pieces and the access to an MSR with the next KVM_RUN, whatever
+    /// was set meanwhile. May run the vCPU with `immediate_exit` set.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn settle(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
+        self.forget();
+        // What comes of it goes nowhere.
+        self.store = Some(Seen::Denied);
+        self.finish(vcpu)?;
+        self.store = None;
+        Ok(())
+    }
+
+    fn forget(&mut self) {
+        (self.fault, self.again) = (None, None);
+        if self.store.is_some() {
+            self.store = Some(Seen::Denied);
         }
     }
 
@@ -85,6 +115,10 @@ impl KvmVcpu {
     ///
     /// KVM's. The vCPU is not to be run then.
     pub fn before_run(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
+        if self.life != self.shared.life() {
+            // That was of a guest that is gone.
+            self.forget();
+        }
         if self.store.is_some() {
             self.finish(vcpu)?;
             self.store = None;
@@ -102,6 +136,8 @@ impl KvmVcpu {
             // In place of what KVM may have made of it.
             events.exception.pending = 0;
             events.exception_has_payload = 0;
+            // An NMI, SMI or INIT that comes just now is not to be taken back.
+            events.flags &= KVM_VCPUEVENT_VALID_PAYLOAD;
             vcpu.set_vcpu_events(&events)?;
             self.fault = None;
         }
@@ -112,6 +148,7 @@ impl KvmVcpu {
         }
         self.msrs.catch_up(&self.shared.msrs, vcpu);
         self.slots_epoch = self.shared.slots_epoch();
+        self.life = self.shared.life();
         if self.shared.syncs_registers {
             vcpu.set_sync_valid_reg(SyncReg::Register);
         }
@@ -127,7 +164,7 @@ impl KvmVcpu {
     /// KVM's emulator, which all stores to a page that is denied or watched come to, does not know all
     /// instructions, and ends KVM_RUN with an internal error. If a page that such an instruction stores
     /// to is denied, that is dealt with like any other store. Otherwise, also if it is watched, it is an
-    /// undefined instruction at CPL 3, as it is to KVM, and [`Verdict::NotMine`] at CPL 0: the VM cannot
+    /// undefined instruction above CPL 0, as it is to KVM, and [`Verdict::NotMine`] at CPL 0: the VM cannot
     /// go on. So a page that the guest may store to with FXSAVE, say, should not be watched here.
     ///
     /// KVM_EXIT_MEMORY_FAULT, and a KVM_RUN that fails with EFAULT, are never about a protection.
@@ -142,7 +179,7 @@ impl KvmVcpu {
                 };
                 let data = &data[..len];
                 self.shared
-                    .store(self.index, gpa, data, rip, &mut self.store)
+                    .store((self.index, self.life), gpa, data, rip, &mut self.store)
             }
             Some(Exit::Msr(access)) => self.msr(vcpu, access),
             Some(Exit::Unemulated { bytes, len, nested }) => {
@@ -194,6 +231,7 @@ impl KvmVcpu {
                     Policy::Shutdown => (dropped, Decision::Shutdown),
                 }
             }
+            Outcome::Over => (Some(0), Decision::Done),
             Outcome::Again => {
                 self.again = regs;
                 (regs.map(|_| 0), Decision::Done)
@@ -205,6 +243,9 @@ impl KvmVcpu {
 
     /// What becomes of an instruction that KVM cannot emulate, of which it knows the first bytes.
     fn unemulated(&mut self, vcpu: &VcpuFd, bytes: &[u8], nested: bool) -> Result<Decision, Error> {
+        if self.life != self.shared.life() {
+            return Ok(Decision::Done);
+        }
         let (mut regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
         let registers = registers(&regs, &sregs);
         let (bytes, len) = self.fetch(vcpu, &registers, bytes);
@@ -250,7 +291,7 @@ impl KvmVcpu {
             vcpu.set_regs(&regs)?;
             return Ok(Decision::Done);
         }
-        if sregs.ss.dpl == 3 || nested {
+        if sregs.ss.dpl != 0 || nested {
             self.fault = Some(Fault::Undefined);
             return Ok(Decision::Done);
         }
@@ -287,7 +328,10 @@ impl KvmVcpu {
     /// after the other to user space: one event is made of all, or two if what is watched comes before
     /// what is denied, and so the VM may have to be stopped as late as here.
     fn finish(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
-        vcpu.set_kvm_immediate_exit(1);
+        // Not what a kick sets, so that one is not lost here.
+        const OURS: u8 = 2;
+        let kicked = vcpu.get_kvm_run().immediate_exit;
+        vcpu.set_kvm_immediate_exit(OURS);
         let mut finished = Err(Error::new(EIO));
         for _ in 0..MAX_PIECES {
             match vcpu.run() {
@@ -308,7 +352,9 @@ impl KvmVcpu {
                 },
             }
         }
-        vcpu.set_kvm_immediate_exit(0);
+        if vcpu.get_kvm_run().immediate_exit == OURS {
+            vcpu.set_kvm_immediate_exit(kicked);
+        }
         finished
     }
 }

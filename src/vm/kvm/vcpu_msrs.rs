@@ -25,6 +25,8 @@ pub(super) enum Outcome {
     Fault,
     /// A rule denies it.
     Denied,
+    /// The VM was reset since: it is of a guest that is gone, and has no effect.
+    Over,
     /// The rules have changed meanwhile, and say nothing of it any more: the guest is to try again.
     Again,
 }
@@ -81,6 +83,9 @@ impl VcpuMsrs {
         let began = self.epoch;
         // Held until it is carried out: who says that a rule is in force has waited for that.
         let in_force = msrs.in_force();
+        if self.begun && self.resets != in_force.resets {
+            return Outcome::Over;
+        }
         self.keep(&in_force, vcpu);
         let Some(host) = msrs.cpu() else {
             return Outcome::Fault;

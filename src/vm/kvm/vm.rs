@@ -178,6 +178,8 @@ pub(super) struct Shared {
     pub(super) syncs_registers: bool,
     gate: Gate,
     pub(super) msrs: Msrs,
+    /// Grows with each reset of the VM, with `state` locked.
+    life: AtomicU64,
     /// Changes when memslots do, while all vCPUs are out.
     slots_epoch: AtomicU64,
     state: Mutex<State>,
@@ -294,6 +296,7 @@ impl KvmVm {
                 syncs_registers,
                 gate: Gate::default(),
                 msrs,
+                life: AtomicU64::new(0),
                 slots_epoch: AtomicU64::new(0),
                 state: Mutex::new(state),
                 inbox: Mutex::default(),
@@ -345,7 +348,9 @@ impl KvmVm {
     }
 
     /// The VM is being reset: nothing that the guest asked for is in force when this returns. The vCPUs
-    /// may stand still already. Not to be called from [`Vcpus`].
+    /// are to stand still, and what they had begun has no effect from here on:
+    /// [`KvmVcpu::settle`] is to be called for each of them, by its thread or while that stands still,
+    /// before its state is set anew. Not to be called from [`Vcpus`] or [`VmEvents`].
     ///
     /// Of MSRs that the host's rules pin, a vCPU keeps anew what they hold when it runs next: give it
     /// the values of power-on before that.
@@ -407,6 +412,10 @@ impl Drop for Shared {
     /// No vCPU is to touch memory that is not kept any more.
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if state.broken {
+            // KVM may have others.
+            self.memslots.keep_memory();
+        }
         self.memslots.let_go(state.slots.iter());
     }
 }
@@ -454,7 +463,17 @@ impl Shared {
     }
 
     fn put(&self, task: Task) {
-        self.inbox().tasks.push_back(task);
+        let mut inbox = self.inbox();
+        if inbox.started && !inbox.served {
+            // Nobody will.
+            return;
+        }
+        if matches!(task, Task::CatchUp(_)) {
+            // Only the last call counts.
+            inbox.tasks.retain(|task| !matches!(task, Task::CatchUp(_)));
+        }
+        inbox.tasks.push_back(task);
+        drop(inbox);
         self.filled.notify_one();
     }
 
@@ -570,7 +589,7 @@ impl Shared {
             }
             Task::CatchUp(seq) => events.caught_up(seq),
             Task::Reset => {
-                if let Some(generation) = self.reset(vcpus) {
+                if let Some(generation) = self.begin_anew(vcpus) {
                     events.reset(generation);
                 }
                 self.inbox().resets_done += 1;
@@ -697,8 +716,10 @@ impl Shared {
     }
 
     /// Frees everything; returns the new generation, unless KVM does not let it.
-    fn reset(&self, vcpus: &dyn Vcpus) -> Option<u64> {
+    fn begin_anew(&self, vcpus: &dyn Vcpus) -> Option<u64> {
         let state = self.state();
+        // From here on what vCPUs have begun before has no effect.
+        self.life.fetch_add(1, Ordering::AcqRel);
         let freed = state.pages.iter().map(|held| Frames {
             range: held.range,
             readonly: false,
@@ -742,6 +763,10 @@ impl Shared {
         if is_first {
             self.filled.notify_one();
         }
+    }
+
+    pub(super) fn life(&self) -> u64 {
+        self.life.load(Ordering::Acquire)
     }
 
     pub(super) fn slots_epoch(&self) -> u64 {
@@ -797,10 +822,10 @@ impl Shared {
         });
     }
 
-    /// A piece of a store of which `seen` has been told.
+    /// A piece of a store of which `seen` has been told, by a vCPU in a life of the VM.
     pub(super) fn store(
         &self,
-        vcpu: u32,
+        (vcpu, life): (u32, u64),
         gpa: u64,
         data: &[u8],
         rip: Option<u64>,
@@ -818,6 +843,10 @@ impl Shared {
         let state = self.state();
         if state.broken {
             return Decision::Shutdown;
+        }
+        if life != self.life() {
+            *seen = Some(Seen::Denied);
+            return Decision::Done;
         }
         let held = held(&state.pages, gpa, data.len())
             .fold(Attributes::default(), |all, (_, held)| all.union(held));
@@ -857,6 +886,10 @@ impl Shared {
 
     /// A device is about to write these bytes. Returns whether it may.
     pub(super) fn device_stores(&self, gpa: u64, len: usize) -> bool {
+        let at = GuestAddress(gpa);
+        if len != 0 && !GuestMemoryBackend::check_range(self.memory(), at, len) {
+            return false;
+        }
         let state = self.state();
         if state.broken {
             return false;
@@ -898,7 +931,11 @@ impl Shared {
 
     /// Has the VM stopped by a policy, when it is too late for a vCPU to say so.
     pub(super) fn stop(&self, policy: Policy) {
-        self.inbox().stop = Some(policy);
+        let mut inbox = self.inbox();
+        if inbox.stop != Some(Policy::Shutdown) {
+            inbox.stop = Some(policy);
+        }
+        drop(inbox);
         self.filled.notify_one();
     }
 }
