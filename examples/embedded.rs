@@ -103,7 +103,10 @@ fn main() -> ExitCode {
         Ok(End::Guest(0x11)) => (1, "the guest fails".into()),
         Ok(End::Guest(0x12)) => (3, "the guest skips this".into()),
         Ok(End::Paused) => (4, "a violation has paused the VM".into()),
-        Ok(End::Shutdown) => (5, "a violation has shut the VM down".into()),
+        Ok(End::Shutdown) => (
+            5,
+            "the VM was shut down, by a violation if the log says nothing else".into(),
+        ),
         Ok(End::Guest(code)) => (2, format!("error: the guest ends with {code:#x}")),
         Ok(End::Failed(why)) => (2, format!("error: {why}")),
         Err(error) => (2, format!("error: {}", with_causes(&*error))),
@@ -304,8 +307,16 @@ impl Vcpus for Door {
     }
 
     fn shut_down(&self) {
-        let why = "KVM has not given back memory that it had";
-        let _ = self.ends.send(End::Failed(why.into()));
+        let _ = self.ends.send(End::Shutdown);
+    }
+}
+
+/// A vCPU is in; whatever becomes of its thread, it comes out.
+struct Inside<'a>(&'a Door);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 
@@ -321,10 +332,11 @@ impl Vcpu {
     /// Runs until the door is closed, or until it has the VM end.
     fn run(mut self) -> Option<End> {
         while self.door.enter() {
+            let inside = Inside(&self.door);
             // If the library has a fault for this vCPU, it gets it here.
             let ready = self.guarded.before_run(&mut self.fd);
             let exit = ready.and_then(|()| self.fd.run());
-            self.door.leave();
+            drop(inside);
             let (store, what) = match exit {
                 Ok(VcpuExit::IoOut(EXIT_PORT, &[code, ..])) => return Some(End::Guest(code)),
                 Ok(VcpuExit::IoOut(port, data)) => {
