@@ -248,5 +248,9 @@ class Mmio(BareMetalTest):
         """The third queue, too."""
         self.check("kernel-protect")
 
+    def test_noise(self):
+        """Registers written as no driver does it."""
+        self.check("mmio-noise")
+
     def test_race(self):
         self.check("race", "rounds=5", smp=2)
